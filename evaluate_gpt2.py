@@ -1,0 +1,496 @@
+"""Every metric, sampling, and the report of a run.
+
+    python evaluate_gpt2.py                       the newest run
+    python evaluate_gpt2.py --run tiny            a run by name
+    python evaluate_gpt2.py --precision int4      the same run, rebuilt from its backups in int4
+    python evaluate_gpt2.py --prompt "The people of" --full
+
+Read from top to bottom: `load_run` (a run rebuilt from disk), `score` (the one primitive that all
+metrics use), the metrics (`nelbo_12`, `nelbo`, `left_to_right`, `unigram_entropy`), `memory`,
+sampling, and the report. All figures are in nats per token unless a name says otherwise.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lora
+import quant
+from data_loader import (
+    DataConfig,
+    UserError,
+    load_tokens,
+    one_line_errors,
+    token_bytes,
+    tokenizer,
+    validation_rows,
+    write_atomically,
+)
+from model import (
+    GPT,
+    ModelConfig,
+    autocast,
+    block_of,
+    compute_type,
+    corrupt,
+    diffusion_loss,
+    reverse_step,
+    sample_tokens,
+)
+
+ROWS = 100  # validation rows scored by default
+REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
+MIB = 2**20
+
+# ---------------------------------------------------------------------------------------------
+# A run on disk: checkpoints/<run_id>/{config.json, metrics.jsonl, checkpoint.pt, backup/, eval.json}
+
+
+def newest_run(folder="checkpoints"):
+    """The run folder whose metrics were written last. UserError where there is none."""
+    runs = sorted(Path(folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError(f"no run in {folder}/; train one first: python train_gpt2_fusion.py")
+    return runs[-1].parent
+
+
+def read_config(folder):
+    """A run's configuration: (ModelConfig, dict of `training:`, DataConfig)."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        have = sorted(path.parent.name for path in Path(folder).parent.glob("*/config.json"))
+        raise UserError(f"no run {Path(folder).name!r}; there are: {', '.join(have) or 'none'}")
+
+    def tuples(value):
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    config = json.loads(path.read_text())
+    model = {key: tuples(value) for key, value in config["model"].items()}
+    training = {key: tuples(value) for key, value in config["training"].items()}
+    return ModelConfig(**model), training, DataConfig(**config["data"])
+
+
+def read_metrics(folder, event=None):
+    """The lines of a run's metrics.jsonl, as dicts; only those of one event if it is given."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if event in (None, line["event"])]
+
+
+def load_run(folder, precision=None, device="cpu", resume=False):
+    """Rebuild a run's model from disk: the one place that does, for evaluation and --resume.
+
+    Finished blocks come from their backups and are stored in `precision` (None: the run's own
+    quantization_type); the block in training, if there is one, from checkpoint.pt in fp32.
+
+    Args:
+        folder: checkpoints/<run_id>. precision: one of quant.KINDS or None.
+        resume: also return the state that training goes on from.
+
+    Returns:
+        model, or (model, state) with resume; state is None where no stage is under way.
+
+    Raises:
+        UserError for a run without weights or an unfinished run's `precision`;
+        quant.DamagedFile for a damaged backup or checkpoint.
+    """
+    folder = Path(folder)
+    config, training, _ = read_config(folder)
+    kind = precision or training["quantization_type"]
+    checkpoint = folder / "checkpoint.pt"
+    state = quant.load_file(checkpoint) if checkpoint.exists() else None
+    model = GPT(config, blocks=0)
+    block = 0
+    while (folder / "backup" / f"block_{block}.pt").exists():
+        if state and not state["finished"] and block >= state["backed_up"]:
+            break  # written just before a stop that lost the checkpoint after it
+        model.grow()
+        load_block(model, block, quant.read_backup(folder / "backup", block), training)
+        quant.freeze_block(model, block, kind)
+        block += 1
+    if state and not state["finished"] and state["trained"]:
+        while model.blocks <= state["block"]:
+            model.grow()
+        load_block(model, state["block"], state["trained"], training)
+    if not model.blocks and not resume:
+        raise UserError(f"{folder} holds no trained block yet; continue it with --resume")
+    model.to(device)
+    return (model, state) if resume else model
+
+
+def load_block(model, block, state, training):
+    """Put a backup's or checkpoint's tensors into the model; every name and shape must fit."""
+    adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
+    if adapters:
+        lora.add_adapters(
+            model, block, training["qlora_rank"], training["qlora_alpha"], training["qlora_dropout"]
+        )
+        lora.load_adapter_state(model, block, adapters)
+    parameters = dict(model.named_parameters())
+    for name in state.keys() - adapters.keys():
+        if name not in parameters or parameters[name].shape != state[name].shape:
+            raise UserError(f"the saved tensor {name} does not fit the model in config.json")
+        parameters[name].data.copy_(state[name])
+    missing = model.block_parameters(block).keys() - state.keys()
+    if missing:
+        raise UserError(f"the saved state of block {block} lacks {sorted(missing)[0]}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+
+def row_noise(n_rows, seq_len, seed, tag):
+    """Uniform numbers (n_rows, seq_len), a function of (seed, tag, row) alone."""
+    noise = [np.random.default_rng([seed, tag, row]).random(seq_len) for row in range(n_rows)]
+    return torch.from_numpy(np.stack(noise)).float()
+
+
+@torch.no_grad()
+def score(model, rows, mask_fraction, block, noise, batch_size=10):
+    """Each row's estimate of CE(m) and its accuracy, read at exit `block`.
+
+    Args:
+        rows: text, (R, T). mask_fraction: m of each row, (R,). noise: (R, T) from U[0, 1).
+
+    Returns:
+        cross-entropy (R,) in nats per masked token, accuracy (R,) in [0, 1]; float64.
+    """
+    device = model.wte.weight.device
+    ce, accuracy = [], []
+    for i in range(0, len(rows), batch_size):
+        part = slice(i, i + batch_size)
+        x_0, m = rows[part].to(device), mask_fraction[part].to(device)
+        x_t, mask = corrupt(x_0, m, noise[part].to(device), model.config.mask_id)
+        _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, block)
+        ce.append(by_row.double().cpu())
+        accuracy.append(hit.double().cpu())
+    return torch.cat(ce), torch.cat(accuracy)
+
+
+def exit_of(mask_fraction, model):
+    """The exit that owns a mask fraction, or the last one built where that does not exist yet."""
+    return min(block_of(mask_fraction, model.config), model.blocks - 1)
+
+
+def nelbo_12(model, rows, seed):
+    """The bound over the time steps: sum over i of (m_i - m_{i-1}) CE(m_i), m_0 = 0, last m = 1.
+
+    Each CE(m) is read at the exit that owns m. The term at m = 1 (all masked) is part of it.
+
+    Returns:
+        the bound in nats per token, and a list of {mask_fraction, block, layers, cross_entropy,
+        accuracy}, one per time step and one for m = 1.
+    """
+    steps = [*model.config.time_step_mask_fractions]
+    steps += [] if steps[-1] == 1 else [1.0]
+    noise = row_noise(len(rows), rows.size(1), seed, tag=0)
+    table, bound, low = [], 0.0, 0.0
+    for m in steps:
+        block = exit_of(m, model)
+        ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise)
+        table.append(
+            {
+                "mask_fraction": m,
+                "block": block,
+                "layers": (block + 1) * model.config.block_size,
+                "cross_entropy": ce.mean().item(),
+                "accuracy": accuracy.mean().item(),
+            }
+        )
+        bound += (m - low) * table[-1]["cross_entropy"]
+        low = m
+    return bound, table
+
+
+def nelbo(model, rows, seed, replicates=REPLICATES):
+    """The continuous-time bound, the integral of CE(m) over (0, 1], and its standard error.
+
+    Causal: m stratified over the rows. Bidirectional: sum over masked tokens / m has infinite
+    variance near 0, so the number l of masked tokens is stratified over 1..N (N = T-1),
+    m ~ Beta(l, N-l+1) names the exit, and l positions chosen at random are scored by their mean:
+    the same integral. The standard error is over independent replicates on the same rows.
+
+    Returns:
+        (mean, standard error of the mean) in nats per token.
+    """
+    n_rows, seq_len = rows.shape
+    n = seq_len - 1
+    estimates = []
+    for replicate in range(replicates):
+        rng = np.random.default_rng([seed, 1 + replicate])
+        noise = row_noise(n_rows, seq_len, seed, 1 + replicate)
+        strata = torch.from_numpy((rng.permutation(n_rows) + rng.random(n_rows)) / n_rows)
+        if model.config.attention_mode == "causal":
+            m = scored_m = 1 - strata  # in (0, 1]
+        else:
+            masked = (strata * n).long() + 1  # l of each row, 1..N
+            m = torch.from_numpy(rng.beta(masked, n - masked + 1))
+            # Exactly the l smallest numbers of a row fall below l/N when replaced by their rank.
+            noise[:, 0] = 2.0
+            noise = noise.argsort(1).argsort(1) / n
+            scored_m = (masked - 0.5) / n
+        total = torch.zeros(n_rows, dtype=torch.float64)
+        owners = torch.tensor([exit_of(value, model) for value in m.tolist()])
+        for block in owners.unique().tolist():
+            pick = owners == block
+            ce, _ = score(model, rows[pick], scored_m[pick].float(), block, noise[pick])
+            total[pick] = ce if scored_m is m else ce * scored_m[pick] * n / masked[pick]
+        estimates.append(total.mean().item())
+    return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / math.sqrt(replicates))
+
+
+def left_to_right(model, rows):
+    """CE(0) of every exit: the exact left-to-right loss of a causal model; None if bidirectional."""
+    if model.config.attention_mode != "causal":
+        return None
+    zeros, noise = torch.zeros(len(rows)), torch.ones(rows.shape)
+    return [score(model, rows, zeros, block, noise)[0].mean().item() for block in range(model.blocks)]
+
+
+def unigram_entropy(train_tokens, tokens, vocab_size):
+    """What a model that ignores context gets on `tokens`: cross-entropy under the token
+    frequencies of the training text (one added to every count), in nats per token."""
+    counts = np.bincount(train_tokens, minlength=vocab_size) + 1.0
+    return float(-np.log(counts / counts.sum())[np.asarray(tokens).ravel()].mean())
+
+
+def units_of(rows, encoding):
+    """Bytes and words of the predicted part of `rows`: (bytes per token, words per token)."""
+    predicted = rows[:, 1:].numpy()
+    words = sum(len(encoding.decode(row.tolist()).split()) for row in predicted)
+    return token_bytes(encoding)[predicted].sum() / predicted.size, words / predicted.size
+
+
+def evaluate(model, rows, seed, compute="auto", progress=None):
+    """All metrics of a model on validation rows (R, T), products in `compute` (see gpt2.yaml).
+
+    Returns:
+        dict with nelbo_12, nelbo, nelbo_stderr, left_to_right (list, or None if bidirectional),
+        time_steps (list), rows (the number of rows).
+    """
+    model.eval()
+    device = model.wte.weight.device
+    with autocast(device, compute_type(device, compute)):
+        bound, table = nelbo_12(model, rows, seed)
+        if progress:
+            progress("time steps scored")
+        mean, stderr = nelbo(model, rows, seed)
+        if progress:
+            progress("continuous bound done")
+        exits = left_to_right(model, rows)
+    return {
+        "nelbo_12": bound,
+        "nelbo": mean,
+        "nelbo_stderr": stderr,
+        "left_to_right": exits,
+        "time_steps": table,
+        "rows": len(rows),
+    }
+
+
+def memory(model, optimizer=None):
+    """Bytes that training holds, by kind, counted from the tensors themselves.
+
+    Returns:
+        dict of trainable, frozen, adapters, embeddings (weights), gradients, optimizer, total.
+    """
+    held = Counter(trainable=0, frozen=0, adapters=0, embeddings=0, gradients=0, optimizer=0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" in name:
+            kind = "adapters"
+        elif name.startswith(("wte.", "wpe.")):
+            kind = "embeddings"
+        else:
+            kind = "trainable" if tensor.requires_grad else "frozen"
+        held[kind] += tensor.nbytes
+        held["gradients"] += tensor.nbytes if tensor.requires_grad and optimizer else 0
+    if optimizer:
+        states = optimizer.state.values()
+        held["optimizer"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
+    return dict(held, total=sum(held.values()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+@torch.no_grad()
+def sample(model, prompt, length, seed=0, temperature=1.0, top_p=0.95, time_steps=None):
+    """Write text by running the mask diffusion backwards, with depth by noise.
+
+    Begins with `prompt` and [MASK] everywhere else, and walks the time steps down; at each one
+    only the blocks up to the owner of that mask fraction run.
+
+    Args:
+        prompt: token ids, at least one (<|endoftext|> for none). length: positions in all.
+        time_steps: ascending mask fractions (None: the model's own 12).
+
+    Returns:
+        (length,) token ids without any [MASK], and the number of layer evaluations.
+    """
+    config = model.config
+    steps = [0.0, *(time_steps or config.time_step_mask_fractions)]
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    x = torch.full((1, length), config.mask_id, device=model.wte.weight.device)  # (1, length)
+    x[0, : len(prompt)] = torch.tensor(prompt)
+    layers = 0
+    for m_t, m_s in zip(steps[:0:-1], steps[-2::-1]):
+        block = exit_of(m_t, model)
+        x = reverse_step(model, x, m_t, m_s, block, temperature, top_p, generator)
+        layers += (block + 1) * config.block_size
+    return x[0], layers
+
+
+@torch.no_grad()
+def sample_left_to_right(model, prompt, length, block=None, seed=0, temperature=1.0, top_p=0.95):
+    """Write text one token after another from a causal model's exit. -> (length,) token ids."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    x = torch.tensor([list(prompt)], device=model.wte.weight.device)  # (1, t)
+    while x.size(1) < length:
+        logits = model.head(model.hidden(x, block)[:, -1])  # (1, V)
+        token = sample_tokens(logits, temperature, top_p, generator)  # (1,)
+        x = torch.cat([x, token[:, None]], dim=1)
+    return x[0]
+
+
+def sample_text(model, encoding, training, prompt="", length=64, seed=0):
+    """One sample as text, in the way the run was trained: by diffusion, or left to right."""
+    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    length = min(max(length, len(ids) + 1), model.config.seq_len)
+    if len(ids) >= model.config.seq_len:
+        raise UserError(
+            f"the prompt has {len(ids) - 1} tokens; shorten it to {model.config.seq_len - 2}"
+        )
+    device = model.wte.weight.device
+    with autocast(device, compute_type(device, training["compute_type"])):
+        if training["time_step_masking"]:
+            ids, _ = sample(model, ids, length, seed)
+        else:
+            ids = sample_left_to_right(model, ids, length, seed=seed)
+    return encoding.decode(ids[1:].tolist())
+
+
+# ---------------------------------------------------------------------------------------------
+# The report
+
+
+def report(folder, model, full=False, precision=None, prompt="", say=print):
+    """Evaluate a run and print its tables and one sample.
+
+    Args:
+        folder: checkpoints/<run_id>; model: from `load_run`.
+        full: score every validation row instead of ROWS of them.
+
+    Returns:
+        the dict that eval.json holds (its keys are listed in README.md, section Monitoring).
+    """
+    config, training, data = read_config(folder)
+    tokens = load_tokens(data, "val", config.vocab_size)
+    encoding = tokenizer(config.vocab_size, data.folder)
+    rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
+    result = evaluate(model, rows, training["seed"], training["compute_type"])
+    train_tokens = load_tokens(data, "train", config.vocab_size)
+    unigram = unigram_entropy(train_tokens, rows[:, 1:], config.vocab_size)
+    bytes_per_token, words_per_token = units_of(rows, encoding)
+    stages = read_metrics(folder, "stage")
+    result |= {
+        "unigram": unigram,
+        "bits_per_byte": result["nelbo"] / math.log(2) / bytes_per_token,
+        "perplexity": math.exp(result["nelbo"]),
+        "perplexity_per_word": math.exp(min(result["nelbo"] / words_per_token, 700)),
+        "precision": precision or training["quantization_type"],
+        "memory": {"weights": memory(model), "stages": stages},
+        "train_seconds": sum(stage["seconds"] for stage in stages),
+        "train_tokens": sum(stage["tokens"] for stage in stages),
+        "config": {"model": asdict(config), "training": training, "data": asdict(data)},
+    }
+    print_report(folder, result, say)
+    say(f'\nsample{" of " + repr(prompt) if prompt else ""}:')
+    say(sample_text(model, encoding, training, prompt, seed=training["seed"]).strip())
+    return result
+
+
+def print_report(folder, result, say=print):
+    """The tables of an evaluation, for people."""
+    training = result["config"]["training"]
+    name = f'{Path(folder).name} ({training["mode"]}'
+    name += f', {training["fusion_mode"]})' if training["mode"] == "fused" else ")"
+    say(f'\n{name}, weights in {result["precision"]}, {result["rows"]} validation rows')
+    say("\nmask fraction  block  layers  cross-entropy  accuracy")
+    for step in result["time_steps"]:
+        say(
+            f'{step["mask_fraction"]:13.2f}  {step["block"]:5d}  {step["layers"]:6d}  '
+            f'{step["cross_entropy"]:13.3f}  {step["accuracy"]:7.1%}'
+        )
+    lines = [
+        ("bound over the time steps (NELBO_12)", result["nelbo_12"], ""),
+        ("continuous bound (NELBO)", result["nelbo"], f' +- {result["nelbo_stderr"]:.3f}'),
+    ]
+    for block, ce in enumerate(result["left_to_right"] or []):
+        lines.append((f"left to right, exit {block}", ce, ""))
+    lines.append(("a model that ignores context (unigram)", result["unigram"], ""))
+    say(f'\n{"":40s} nats/token  perplexity')
+    for label, nats, extra in lines:
+        say(f"{label:40s} {nats:10.3f}  {math.exp(nats):10.1f}{extra}")
+    if result["left_to_right"] is None:
+        say("left to right: not defined for a bidirectional model")
+    if not training["time_step_masking"]:
+        say("trained without masks: [MASK] is unknown to it, so only left to right is its ground")
+    say(f'continuous bound in bits per byte {result["bits_per_byte"]:.3f}, '
+        f'perplexity per word {result["perplexity_per_word"]:.3g}')  # fmt: skip
+    weights = result["memory"]["weights"]
+    parts = ", ".join(
+        f"{kind} {weights[kind] / MIB:.1f}"
+        for kind in ("frozen", "trainable", "adapters", "embeddings")
+        if weights[kind]
+    )
+    say(f'weights {weights["total"] / MIB:.1f} MiB: {parts}')
+    if result["memory"]["stages"]:
+        say("\nstage  block   steps  seconds  tokens/s  held MiB  peak MiB  standard would hold MiB")
+    for s in result["memory"]["stages"]:
+        say(
+            f'{s["stage"] + 1:5d}  {s["block"]:5d}  {s["step"]:6d}  {s["seconds"]:7.0f}  '
+            f'{s["tokens"] / s["seconds"]:8,.0f}  {s["held"]["total"] / MIB:8.1f}  '
+            f'{s["peak_mib"]:8.0f}  {s["standard_bytes"] / MIB:23.1f}'
+        )
+
+
+def pick_device(name):
+    """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {name} is not available here; use training.device=cpu")
+    return torch.device(name)
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
+    parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run")
+    parser.add_argument("--folder", default="checkpoints", help="where the runs are")
+    parser.add_argument("--precision", choices=quant.KINDS, help="rebuild the run in this storage")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="begin the sample with TEXT")
+    parser.add_argument("--full", action="store_true", help="score every validation row")
+    parser.add_argument("--json", metavar="PATH", help="where to write the figures")
+    args = parser.parse_args(argv)
+    folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
+    _, training, _ = read_config(folder)
+    model = load_run(folder, args.precision, pick_device(training["device"]))
+    result = report(folder, model, args.full, args.precision, args.prompt)
+    name = "eval.json" if args.precision is None else f"eval_{args.precision}.json"
+    path = Path(args.json or folder / name)
+    write_atomically(path, json.dumps(result, indent=1).encode())
+    print(f"\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Adapters: a low-rank correction to a frozen linear layer, one for each exit (LoRA, 2106.09685).
+
+    W x  becomes  W x + (alpha / rank) B A x,    A (rank, in), B (out, rank)
+
+A starts random and B zero, so a new adapter changes nothing (LoRA, section 4.1). With W in four
+bits this is QLoRA (arXiv 2305.14314, equation 5). Adapters k belong to exit k: they are trained
+in stage k and act only while exit k is read, so that no later stage changes an earlier exit.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quant import QuantLinear
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and, for each exit that has one, a pair (A, B).
+
+    base: nn.Linear or QuantLinear, frozen here; rank; alpha: the correction is scaled by
+    alpha / rank; dropout: on the adapter's input. `active_exit` says whose adapters act; GPT's
+    forward sets it. Where that exit has none, the output is base(x), bit for bit.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank}: an adapter needs at least 1")
+        self.base = base.requires_grad_(False)
+        self.rank, self.scale = rank, alpha / rank
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.ParameterDict()  # {exit: (rank, in)}
+        self.lora_B = nn.ParameterDict()  # {exit: (out, rank)}
+        self.active_exit = None
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def add(self, exit, generator=None):
+        """Give `exit` an adapter, fp32; A is drawn on the CPU, the same for every device."""
+        if str(exit) in self.lora_A:
+            raise ValueError(f"exit {exit} has an adapter here already")
+        device = next(t for t in (*self.base.parameters(), *self.base.buffers())).device
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5)
+        A = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A[str(exit)] = nn.Parameter(A.to(device))
+        self.lora_B[str(exit)] = nn.Parameter(torch.zeros(self.out_features, self.rank, device=device))
+
+    def delta(self, exit):
+        """The dense correction (out, in) in fp32, or None where `exit` has no adapter."""
+        if str(exit) not in self.lora_A:
+            return None
+        return self.scale * (self.lora_B[str(exit)] @ self.lora_A[str(exit)]).detach()
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        out = self.base(x)
+        key = str(self.active_exit)
+        if key not in self.lora_A:
+            return out
+        A, B = self.lora_A[key].to(x.dtype), self.lora_B[key].to(x.dtype)
+        # Scaled where the tensor is small. Adding in place is not allowed: base(x) may be a view
+        # made inside QuantLinear's autograd function.
+        return out + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, layers=None):
+    """Put an adapter for `exit` on every linear of model.h[i], i in `layers`.
+
+    layers: by default those of the blocks before the exit. The A are a function of seed and exit.
+    Returns the new parameters, fp32 and trainable.
+    """
+    if layers is None:
+        layers = range(exit * model.config.block_size)
+    generator = torch.Generator().manual_seed(seed * 1000 + exit)
+    parameters = []
+    for i in layers:
+        linears = {}
+        for name, module in model.h[i].named_modules():
+            if isinstance(module, LoRALinear):
+                linears[name] = module
+            elif isinstance(module, (nn.Linear, QuantLinear)) and not name.endswith(".base"):
+                linears[name] = LoRALinear(module, rank, alpha, dropout).train(model.training)
+        for name, linear in linears.items():
+            if (linear.rank, linear.scale) != (rank, alpha / rank):
+                raise ValueError(f"h.{i}.{name}: has adapters of another rank or alpha")
+            linear.add(exit, generator)
+            _replace(model.h[i], name, linear)
+            parameters += [linear.lora_A[str(exit)], linear.lora_B[str(exit)]]
+    return parameters
+
+
+def adapter_parameters(model, exit):
+    """{name: parameter} of the adapters of `exit`, and nothing else."""
+    ends = (f".lora_A.{exit}", f".lora_B.{exit}")
+    return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
+
+
+def adapter_state(model, exit):
+    """{name: tensor} of the adapters of `exit`, detached (views, no copies)."""
+    return {name: p.detach() for name, p in adapter_parameters(model, exit).items()}
+
+
+def load_adapter_state(model, exit, state):
+    """Fill the adapters of `exit` in place. ValueError unless names and shapes match exactly."""
+    own = adapter_state(model, exit)
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own or name not in state:
+            where = "model" if name not in own else "state"
+            raise ValueError(f"adapters of exit {exit}: {name} is not in the {where}")
+        if own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            raise ValueError(f"adapters of exit {exit}: {name} has shape {shapes}")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def merge(model, exit, kind=None):
+    """A copy of `model` for reading `exit`, in which W + (alpha / rank) B A is one matrix.
+
+    kind None: a dense nn.Linear; else the sum is quantized to `kind`, which rounds the correction
+    away where it is smaller than the quantizer's step, so outputs change. Layers without an
+    adapter for `exit` become their base, unchanged. Never a side effect of eval().
+    """
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        if not isinstance(module, LoRALinear):
+            continue
+        linear, delta = module.base, module.delta(exit)
+        if delta is not None:
+            quantized = isinstance(linear, QuantLinear)
+            weight = (linear.dequantize(delta.dtype) if quantized else linear.weight) + delta
+            bias = linear.bias
+            linear = nn.utils.skip_init(nn.Linear, module.in_features, module.out_features,
+                                        bias=bias is not None, device=weight.device)
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            if kind is not None:
+                linear = QuantLinear.from_linear(linear, kind)
+        _replace(merged, name, linear)
+    return merged

@@ -1,0 +1,513 @@
+"""GPT-2 as a mask-diffusion model: the network, the masking schedule, the loss, one reverse step.
+
+Read from top to bottom:
+
+1. `ModelConfig`             sizes, blocks, bands, time steps
+2. `Attention`, `MLP`, `Layer`, `GPT`   the network of Radford et al. 2019, with one exit per block
+3. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
+4. `token_weights`, `chunked_cross_entropy`, `diffusion_loss`   the objective
+5. `sample_tokens`, `reverse_step`      the reverse process p(x_s | x_t)
+
+Letters in the shape comments: B rows, T positions (seq_len at most), d = d_model, V = rows of the
+embedding (vocab_size + 1 rounded up to a multiple of 64), N = any number of scored positions.
+
+Masked diffusion follows Sahoo et al. 2024 (MDLM, arXiv 2406.07524) and Shi et al. 2024 (MD4,
+arXiv 2406.04329); keeping GPT-2's shift follows Gong et al. 2024 (DiffuGPT, arXiv 2410.17891).
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the network (`model:` in gpt2.yaml) and its blocks and bands (from `training:`).
+
+    Raises ValueError, naming the key, for a combination that cannot be built.
+    """
+
+    vocab_size: int = 50257  # text tokens; <|endoftext|> is the last of them
+    d_model: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    seq_len: int = 256
+    attention_mode: str = "causal"
+    dropout: float = 0.0
+    init_from: str = "scratch"
+    # Copied from `training:` by data_loader.load_config, so that the model knows its exits.
+    total_blocks: int = 3
+    block_size: int = 4
+    block_mask_ranges: tuple[tuple[float, float], ...] = ((0.0, 0.4), (0.4, 0.7), (0.7, 1.0))
+    time_step_mask_fractions: tuple[float, ...] = (
+        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99,
+    )  # fmt: skip
+
+    @property
+    def mask_id(self):
+        """Id of [MASK]: the first id after the text's vocabulary."""
+        return self.vocab_size
+
+    @property
+    def rows(self):
+        """Rows of the embedding: vocab_size + 1 ([MASK]) rounded up to a multiple of 64."""
+        return -(-(self.vocab_size + 1) // 64) * 64
+
+    def __post_init__(self):
+        for key in ("d_model", "n_layers", "n_heads", "total_blocks", "block_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if not 257 <= self.vocab_size <= 50257:
+            raise ValueError(f"vocab_size must be 257 to 50257, not {self.vocab_size}")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len must be at least 2, not {self.seq_len}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}")
+        if self.attention_mode not in ("causal", "bidirectional"):
+            raise ValueError(
+                f"attention_mode must be causal or bidirectional, not {self.attention_mode!r}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.total_blocks * self.block_size != self.n_layers:
+            raise ValueError(
+                f"total_blocks {self.total_blocks} x block_size {self.block_size} must equal "
+                f"n_layers {self.n_layers}"
+            )
+        self._check_bands()
+
+    def _check_bands(self):
+        ranges, steps = self.block_mask_ranges, self.time_step_mask_fractions
+        if len(ranges) != self.total_blocks:
+            raise ValueError(
+                f"block_mask_ranges needs one range per block: {self.total_blocks} blocks, "
+                f"{len(ranges)} ranges"
+            )
+        # Sorted by noise, the bands must tile (0, 1]; which block owns which is free.
+        edge = 0.0
+        for band in sorted(ranges):
+            if len(band) != 2 or band[0] != edge or not band[0] < band[1]:
+                raise ValueError(
+                    f"block_mask_ranges must cover (0, 1] without hole or overlap; "
+                    f"{list(band)} does not go on from {edge}"
+                )
+            edge = band[1]
+        if edge != 1.0:
+            raise ValueError(f"block_mask_ranges must end at 1.0, not {edge}")
+        if not steps or any(not 0 < m <= 1 for m in steps):
+            raise ValueError(f"time_step_mask_fractions must lie in (0, 1], not {list(steps)}")
+        if any(a >= b for a, b in zip(steps, steps[1:])):
+            raise ValueError("time_step_mask_fractions must increase")
+        for block in range(self.total_blocks):
+            if not time_steps_of(block, self):
+                raise ValueError(
+                    f"time_step_mask_fractions has no time step in block {block}'s range "
+                    f"{list(ranges[block])}"
+                )
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The network
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1), causal or bidirectional."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.causal = config.attention_mode == "causal"
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
+        self.c_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x):  # (B, T, d) -> (B, T, d)
+        B, T, d = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_heads, d // self.n_heads).transpose(1, 2)
+            for part in self.c_attn(x).split(d, dim=2)
+        )  # each (B, n_heads, T, head_dim)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=self.causal, dropout_p=self.dropout if self.training else 0.0
+        )  # (B, n_heads, T, head_dim)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))  # (B, T, d)
+
+
+class MLP(nn.Module):
+    """Two linears with GPT-2's tanh approximation of GELU between them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x):  # (B, T, d) -> (B, T, d)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One pre-LayerNorm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, d) -> (B, T, d)
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 with an exit after every block.
+
+    Args:
+        config: ModelConfig.
+        blocks: how many blocks to build now (None: all). Fusion training begins with one and calls
+            `grow()` at each stage, so that blocks not yet reached are not in memory.
+    """
+
+    def __init__(self, config, blocks=None):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.wte = nn.Embedding(config.rows, config.d_model)
+        self.wpe = nn.Embedding(config.seq_len, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList()  # layers
+        self.exit_norms = nn.ModuleList()  # exit k reads through exit_norms[k]
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+        for _ in range(config.total_blocks if blocks is None else blocks):
+            self.grow()
+
+    @property
+    def blocks(self):
+        """Number of blocks that have been built."""
+        return len(self.exit_norms)
+
+    def grow(self):
+        """Append one block: its layers, freshly initialized, and its exit norm.
+
+        Linears start as in GPT-2: normal, std 0.02, and 0.02 / sqrt(2 n_layers) where a linear
+        writes into the residual stream. The new exit norm starts as a copy of the one before it.
+        """
+        if self.blocks == self.config.total_blocks:
+            raise ValueError(f"all {self.blocks} blocks exist already")
+        for _ in range(self.config.block_size):
+            layer = Layer(self.config)
+            for name, weight in layer.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
+                elif weight.dim() == 2:
+                    nn.init.normal_(weight, std=0.02)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(weight)
+            self.h.append(layer.to(self.wte.weight.device))
+        norm = nn.LayerNorm(self.config.d_model).to(self.wte.weight.device)
+        if self.blocks:
+            norm.load_state_dict(self.exit_norms[-1].state_dict())
+        self.exit_norms.append(norm)
+
+    def layers_of(self, block):
+        """The layers that make up one block: a list of `Layer`."""
+        size = self.config.block_size
+        return list(self.h[block * size : (block + 1) * size])
+
+    def block_parameters(self, block):
+        """{name: parameter} of a block: its layers, its exit norm, at block 0 the embeddings.
+
+        This is what a backup holds, beside the block's adapters.
+        """
+        size = self.config.block_size
+        prefixes = [f"h.{i}." for i in range(block * size, (block + 1) * size)]
+        prefixes += [f"exit_norms.{block}."] + (["wte.", "wpe."] if block == 0 else [])
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith(tuple(prefixes)) and "lora_" not in name
+        }
+
+    def hidden(self, idx, block=None):
+        """Hidden states read at an exit.
+
+        Args:
+            idx: token ids, (B, T), T <= seq_len.
+            block: the exit to read (None: the last block built). Only layers up to that block run.
+
+        Returns:
+            (B, T, d); position i-1 holds the prediction of token i (GPT-2's shift).
+        """
+        block = self.blocks - 1 if block is None else block
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"exit {block} does not exist; {self.blocks} blocks are built")
+        if idx.size(1) > self.config.seq_len:
+            raise ValueError(f"{idx.size(1)} positions, but seq_len is {self.config.seq_len}")
+        for module in self.modules():
+            if hasattr(module, "active_exit"):  # adapters act only when their own exit is read
+                module.active_exit = block
+        # Frozen embeddings may be stored in fp16; the residual stream is fp32 all the same.
+        x = F.embedding(idx, self.wte.weight).float() + self.wpe.weight[: idx.size(1)].float()
+        x = self.dropout(x)  # (B, T, d)
+        for layer in self.h[: (block + 1) * self.config.block_size]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)  # (B, T, d)
+            else:
+                x = layer(x)  # (B, T, d)
+        return self.exit_norms[block](x)  # (B, T, d)
+
+    def head(self, hidden):
+        """Logits of hidden states through the tied head: (..., d) -> (..., V).
+
+        Ids from vocab_size up ([MASK] and the padding rows) get -inf: they are never predicted.
+        """
+        dtype = product_dtype(hidden)
+        logits = F.linear(hidden.to(dtype), self.wte.weight.to(dtype))  # (..., V)
+        return logits.index_fill(-1, self._not_text(), -torch.inf)
+
+    def _not_text(self):
+        return torch.arange(self.config.vocab_size, self.config.rows, device=self.wte.weight.device)
+
+    def forward(self, idx, block=None):
+        """Logits (B, T, V) of token ids (B, T), read at exit `block` (None: the last)."""
+        return self.head(self.hidden(idx, block))
+
+
+def compute_type(device, name="auto"):
+    """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
+
+    auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA and fp32 elsewhere (a
+    CPU without bf16 units emulates it, slower than fp32).
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    elif name == "auto":
+        units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    """Context in which torch runs matrix products in `dtype`."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def product_dtype(x):
+    """The type in which a matrix product of `x` runs: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. The forward process: masking
+
+
+def block_of(mask_fraction, config):
+    """The block whose band (low, high] holds `mask_fraction`; each m in (0, 1] has exactly one."""
+    for block, (low, high) in enumerate(config.block_mask_ranges):
+        if low < mask_fraction <= high:
+            return block
+    raise ValueError(f"mask fraction {mask_fraction} is outside (0, 1]")
+
+
+def time_steps_of(block, config):
+    """The time steps (mask fractions) that fall into a block's band, ascending."""
+    low, high = config.block_mask_ranges[block]
+    return tuple(m for m in config.time_step_mask_fractions if low < m <= high)
+
+
+def stratified(time_steps, n_rows, offset):
+    """Mask fractions of a batch: row r takes time step (r + offset) mod n. -> (n_rows,)
+
+    Dealt out in turn instead of drawn one by one, so that every batch holds every noise level
+    equally often: the mean over rows has less variance (Kingma et al. 2021, appendix I.1).
+    """
+    return torch.tensor([time_steps[(r + offset) % len(time_steps)] for r in range(n_rows)])
+
+
+def corrupt(x_0, mask_fraction, uniform, mask_id):
+    """q(x_t | x_0, m): each position i >= 1 becomes [MASK] independently with probability m.
+
+    Args:
+        x_0: text, (B, T).
+        mask_fraction: m of each row, (B,).
+        uniform: numbers drawn from U[0, 1), (B, T).
+
+    Returns:
+        x_t (B, T) and the mask (B, T), True where a token was replaced. Position 0 never is.
+    """
+    mask = uniform < mask_fraction[:, None]  # (B, T)
+    mask[:, 0] = False
+    return x_0.masked_fill(mask, mask_id), mask
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The objective
+
+
+def token_weights(mask, mask_fraction, causal):
+    """Weight of each predicted position, so that a weighted sum of cross-entropies is CE(m).
+
+    CE(m) = E[sum over masked tokens] / (m (T-1)). A bidirectional model needs just that. In a
+    causal one the hidden state i-1 never sees whether i is masked, so all T-1 positions may be
+    scored: the same expectation with less variance (Rao-Blackwell). m = 0 (no masks) exists for
+    causal models only and is the ordinary next-token loss. Both divide by a constant.
+
+    Args:
+        mask: (B, T), mask_fraction: (B,).
+
+    Returns:
+        (B, T-1): weights of the predictions of tokens 1 .. T-1.
+    """
+    n = mask.size(1) - 1
+    if causal:
+        return torch.full(mask[:, 1:].shape, 1.0 / n, device=mask.device)
+    return mask[:, 1:] / (mask_fraction[:, None] * n)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Weighted cross-entropy over the vocabulary, chunk by chunk, gradients formed on the way.
+
+    With p = softmax(h W^T): d CE / d logits = p - onehot(target). Doing this in the forward pass
+    means that no (N, V) tensor is ever stored, and the backward pass only scales by its input.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, weights, vocab_size, chunk):
+        dtype = product_dtype(hidden)
+        h, W = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
+        ce = torch.empty(len(h), device=h.device)  # (N,)
+        hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
+        need_h, need_W = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h) if need_h else None
+        grad_W = torch.zeros_like(weight) if need_W else None
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            logits = h[part] @ W.T  # (chunk, V)
+            logits[:, vocab_size:] = -torch.inf
+            target = targets[part, None]  # (chunk, 1)
+            highest = logits.amax(-1, keepdim=True)  # (chunk, 1)
+            p = torch.softmax(logits, -1)  # (chunk, V)
+            # -log p[target] by way of the largest p, which cannot underflow.
+            gap = highest.float() - logits.gather(1, target).float()
+            ce[part] = (gap - p.amax(-1, keepdim=True).float().log()).squeeze(1)
+            if not (need_h or need_W):
+                hit[part] = logits.argmax(-1) == targets[part]
+            else:
+                del logits
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
+                p *= weights[part, None].to(dtype)
+                if need_h:
+                    grad_h[part] = p @ W  # (chunk, d)
+                if need_W:
+                    grad_W += p.T @ h[part]  # (V, d)
+        ctx.save_for_backward(grad_h, grad_W)
+        ctx.mark_non_differentiable(ce, hit)
+        return (ce * weights).sum(), ce, hit
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        grad_h, grad_W = ctx.saved_tensors
+        grad_h = None if grad_h is None else grad_h * grad_loss
+        grad_W = None if grad_W is None else grad_W.mul_(grad_loss)
+        return grad_h, grad_W, None, None, None, None
+
+
+def chunked_cross_entropy(hidden, weight, targets, weights, vocab_size, chunk=512):
+    """sum_n weights[n] * (-log softmax(hidden[n] W^T)[targets[n]]) without storing the logits.
+
+    Args:
+        hidden: (N, d); weight: the tied head, (V, d); targets: (N,) ids below vocab_size;
+        weights: (N,); chunk: positions whose logits exist at one time.
+
+    Returns:
+        loss (differentiable in hidden and weight), the N cross-entropies in nats, detached, and,
+        where no gradient is wanted, whether the target was the likeliest token, (N,) bool.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, weights, vocab_size, chunk)
+
+
+def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
+    """The stage loss: mean over rows of the estimate of CE(m), read at exit `block`.
+
+    Args:
+        x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
+        rows: number to divide by (None: B). With micro-batches, the rows of the whole batch, so
+            that their losses and gradients add up to the batch's.
+
+    Returns:
+        loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's
+        share of scored tokens that were predicted right, (B,), where no gradient is wanted.
+    """
+    causal = model.config.attention_mode == "causal"
+    hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
+    weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
+    scored = torch.ones_like(mask[:, 1:]) if causal else mask[:, 1:]  # (B, T-1)
+    loss, ce, hit = chunked_cross_entropy(
+        hidden.flatten(0, 1) if causal else hidden[scored],
+        model.wte.weight,
+        x_0[:, 1:][scored],
+        weights[scored] / (rows or len(x_0)),
+        model.config.vocab_size,
+    )
+    ce = torch.zeros_like(weights).masked_scatter(scored, ce)  # (B, T-1)
+    hit = torch.zeros_like(weights).masked_scatter(scored, hit.float())  # (B, T-1)
+    return loss, (ce * weights).sum(1), hit.sum(1) / scored.sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The reverse process: one step
+
+
+def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
+    """Draw a token from each row of logits (N, V) -> (N,). temperature 0 takes the likeliest.
+
+    top_p keeps the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.float() / temperature, -1)  # (N, V)
+    if top_p < 1:
+        ranked, order = p.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likeliest token always stays
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, generator=None):
+    """One ancestral step of p(x_s | x_t), from mask fraction m_t down to m_s < m_t.
+
+    Each [MASK] stays with probability m_s / m_t and is otherwise replaced by a draw from the
+    model's prediction at exit `block` (MDLM, eq. 7). Which positions are revealed does not depend
+    on the prediction, so the head runs at those positions only. Revealed tokens never change.
+
+    Args:
+        x_t: (B, T); position 0 is context and must not be [MASK].
+
+    Returns:
+        x_s: (B, T).
+    """
+    masked = x_t == model.config.mask_id  # (B, T)
+    draw = torch.rand(x_t.shape, generator=generator, device=x_t.device)
+    reveal = masked & (draw >= m_s / m_t)  # (B, T)
+    x_s = x_t.clone()
+    if reveal.any():
+        hidden = model.hidden(x_t, block)[:, :-1][reveal[:, 1:]]  # (N, d): the shift
+        x_s[reveal] = sample_tokens(model.head(hidden), temperature, top_p, generator)
+    return x_s

@@ -1,0 +1,503 @@
+"""How weights are stored: in memory (fp32, fp16, int4, nf4) and on disk (verified files, backups).
+
+In memory a frozen weight is kept as codes and turned into the compute type for each product. The
+4-bit kinds cut each row of W (out, in) into groups of 64 and give every group its own scale:
+
+    int4    w ~ scale * code + zero, code in 0..15, scale and zero in fp16            4.5 bits/weight
+    nf4     w ~ absmax * LEVEL[code]: the 16 levels put equal shares of a Gaussian in
+            each bin; absmax itself is stored in 8 bits (QLoRA, arXiv 2305.14314,
+            section 3, "4-bit NormalFloat" and "double quantization")               4.127 bits/weight
+
+On disk nothing counts before it has been reread and compared, and nothing is used before its
+sha256 has been checked. Files are loaded as data (`weights_only=True`), never as code.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = ("fp32", "fp16", "int4", "nf4")
+
+# QLoRA, appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+ABSMAX_GROUP = 256  # absmax values that share one fp32 scale in the double quantization
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
+
+
+# ------------------------------------------------------------------------------ in memory
+
+
+@dataclass(frozen=True)
+class QuantTensor:
+    """A weight of `shape` (out, in) as stored: codes, and the scales that give them a meaning.
+
+    `tensors` holds, by kind:
+        fp32, fp16   {kind: (out, in)}. Named after the kind, so that a strict load_state_dict
+                     refuses to cast one into the other
+        int4         codes (out, padded_in / 2) uint8; scale, zero (out, n_groups) fp16
+        nf4          codes the same; absmax_codes (out, n_groups) uint8 (bits of a float8_e4m3fn),
+                     absmax_scale (ceil(out * n_groups / 256),) fp32, absmax_center () fp32
+    Byte j of a row holds code 2j in its low four bits and code 2j + 1 in its high four.
+    """
+
+    kind: str
+    shape: tuple
+    group_size: int
+    tensors: dict
+
+    @property
+    def nbytes(self):
+        """Bytes held: codes, scales and the padding of the last group in each row."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self):
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def dequantize(self, dtype=torch.float32):
+        """The dense weight (out, in) in `dtype`; read only: fp32 and fp16 may be the storage."""
+        if self.kind in ("fp32", "fp16"):
+            weight = self.tensors[self.kind]
+            if weight.device.type == "cpu" and dtype == torch.bfloat16:
+                weight = weight.float()  # torch's direct fp16 -> bf16 is 4 times slower
+            return weight.to(dtype)
+        codes = self.tensors["codes"]
+        # One look-up gives two neighbouring weights, moved as a single integer.
+        pairs = _pair_table(self.kind, dtype, codes.device)
+        weight = pairs.index_select(0, codes.flatten().int()).view(dtype)
+        weight = weight.view(self.shape[0], -1, self.group_size)  # (out, n_groups, group_size)
+        if self.kind == "int4":
+            weight.mul_(self.tensors["scale"].to(dtype)[..., None])
+            weight.add_(self.tensors["zero"].to(dtype)[..., None])
+        else:
+            weight.mul_(_absmax(self.tensors).to(dtype)[..., None])
+        return weight.view(self.shape[0], -1)[:, : self.shape[1]]  # (out, in)
+
+
+def quantize(weight, kind, group_size=64):
+    """Store `weight` (out, in) as `kind`; groups of `group_size` (even) run along the input.
+
+    Codes are chosen against the scales as stored, after their own rounding. A row that is no
+    multiple of the group is padded by repeating its last weight. fp16 scales have an absolute
+    floor: int4 weights of tiny groups (range below 1e-6) are off by up to 5e-7. ValueError where
+    the weight is not finite, or too large for the kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization_type {kind!r}: choose one of {', '.join(KINDS)}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"a weight has shape (out, in), not {tuple(weight.shape)}")
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"group_size {group_size}: two codes share a byte, so it must be even")
+    weight = weight.detach().float()
+    shape = tuple(weight.shape)
+    n_bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if n_bad:
+        raise ValueError(f"weight {shape} has {n_bad} values that are not finite")
+    group_size = min(group_size, shape[1] + shape[1] % 2)
+    if kind in ("fp32", "fp16"):
+        dtype = torch.float32 if kind == "fp32" else torch.float16
+        tensors = {kind: weight.to(dtype, copy=True).contiguous()}
+    else:
+        padded = F.pad(weight, (0, -shape[1] % group_size), mode="replicate")
+        groups = padded.reshape(shape[0], -1, group_size)  # (out, n_groups, group_size)
+        codes, tensors = _to_int4(groups) if kind == "int4" else _to_nf4(groups)
+        codes = codes.to(torch.uint8).view(shape[0], -1)  # (out, padded_in)
+        tensors = {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **tensors}
+    stored = QuantTensor(kind, shape, group_size, tensors)
+    if not torch.isfinite(stored.dequantize()).all():
+        largest = float(weight.abs().max())
+        raise ValueError(f"weight {shape} has values up to {largest:.3g}, too large for {kind}")
+    return stored
+
+
+def _to_int4(groups):
+    """Asymmetric: code 0 is the group's smallest weight (`zero`), code 15 its largest."""
+    low, high = groups.amin(-1), groups.amax(-1)  # (out, n_groups)
+    # 2**-24 is fp16's smallest number: a constant group must not divide by zero.
+    scale = ((high - low) / 15).clamp(min=2.0**-24).half()
+    zero = low.half()
+    codes = (groups - zero.float()[..., None]) / scale.float()[..., None]
+    return codes.round().clamp(0, 15), {"scale": scale, "zero": zero}
+
+
+def _to_nf4(groups):
+    """The nearest of the 16 levels, in units of the group's largest magnitude as stored."""
+    absmax = groups.abs().amax(-1)  # (out, n_groups)
+    # The paper subtracts the mean. The median does the same for Gaussian weights, and one
+    # outlying group cannot shift it away from all the others.
+    center = absmax.median()
+    deviation = (absmax - center).flatten()
+    split = deviation.split(ABSMAX_GROUP)
+    scale = torch.stack([part.abs().amax() for part in split]) / FLOAT8_MAX
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # all groups may be equal
+    codes = deviation / scale.repeat_interleave(ABSMAX_GROUP)[: len(deviation)]
+    codes = codes.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    tensors = {"absmax_codes": codes.view(absmax.shape), "absmax_scale": scale}
+    tensors["absmax_center"] = center
+    stored = _absmax(tensors).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    levels = torch.tensor(NF4_LEVELS, device=groups.device)
+    return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), tensors
+
+
+def _absmax(tensors):
+    """Undo the double quantization: the (out, n_groups) fp32 scales of an nf4 weight."""
+    codes = tensors["absmax_codes"].view(torch.float8_e4m3fn).float()
+    scale = tensors["absmax_scale"].repeat_interleave(ABSMAX_GROUP)[: codes.numel()]
+    # A group far below the center may come out just under zero, which would flip its signs.
+    return (codes * scale.view(codes.shape) + tensors["absmax_center"]).clamp(min=0)
+
+
+@functools.lru_cache
+def _pair_table(kind, dtype, device):
+    """For each of the 256 bytes its two levels in `dtype`, seen as one integer: (256,)."""
+    levels = torch.tensor(NF4_LEVELS) if kind == "nf4" else torch.arange(16.0)
+    byte = torch.arange(256)
+    pairs = levels[torch.stack([byte & 15, byte >> 4], dim=1)].to(dtype)  # (256, 2)
+    both = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[dtype.itemsize]
+    return pairs.view(both).flatten().to(device)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, with W made from its codes in forward and once more in backward.
+
+    The graph holds the codes, which the layer owns anyway: no dense weight, and no x, since a
+    frozen weight needs no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        ctx.weight, ctx.dtype, ctx.x_dtype = weight, dtype, x.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), weight.dequantize(dtype), bias)  # (..., out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_x = grad.to(ctx.dtype) @ ctx.weight.dequantize(ctx.dtype)  # (..., in)
+        return grad_x.to(ctx.x_dtype), None, None, None
+
+
+class QuantLinear(nn.Module):
+    """A frozen nn.Linear that keeps codes and scales (buffers) and no dense weight.
+
+    The product runs in the compute type: autocast's where it is on, else x's own.
+    """
+
+    def __init__(self, weight, bias=None):
+        """weight: a QuantTensor (out, in); bias: fp32 (out,) or None."""
+        super().__init__()
+        self.kind, self.group_size = weight.kind, weight.group_size
+        self.out_features, self.in_features = weight.shape
+        self.tensor_names = tuple(weight.tensors)
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+
+    @classmethod
+    def from_linear(cls, linear, kind, group_size=64):
+        """Quantize an nn.Linear. ValueError as in `quantize`, and for a bias that is not finite."""
+        if linear.bias is not None and not torch.isfinite(linear.bias).all():
+            raise ValueError(f"bias {tuple(linear.bias.shape)} has values that are not finite")
+        return cls(quantize(linear.weight, kind, group_size), linear.bias)
+
+    @property
+    def weight(self):
+        """The QuantTensor over this layer's buffers (no copy)."""
+        tensors = {name: self._buffers[name] for name in self.tensor_names}
+        shape = (self.out_features, self.in_features)
+        return QuantTensor(self.kind, shape, self.group_size, tensors)
+
+    @property
+    def nbytes(self):
+        """Bytes of the stored weight: codes and scales, without the bias."""
+        return self.weight.nbytes
+
+    def dequantize(self, dtype=torch.float32):
+        return self.weight.dequantize(dtype)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out) in the compute type."""
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return _Product.apply(x, self.weight, self.bias, dtype)
+
+    def extra_repr(self):
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, kind={self.kind}"
+
+
+def convert_(module, kind, group_size=64):
+    """Freeze `module` in place and store every nn.Linear inside it as `kind`.
+
+    LayerNorms and biases stay fp32. All layers are quantized before the first is replaced, so a
+    ValueError, which names the layer, leaves the module as it was. Returns the module.
+    """
+    converted = []
+    for parent_name, parent in module.named_modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                try:
+                    converted.append((parent, name, QuantLinear.from_linear(child, kind, group_size)))
+                except ValueError as error:
+                    raise ValueError(f"{parent_name}.{name}: {error}".lstrip(".")) from None
+    for parent, name, layer in converted:
+        setattr(parent, name, layer)
+    return module.requires_grad_(False)
+
+
+def freeze_block(model, block, kind):
+    """Convert a finished block of a model.GPT in place: its linears to `kind`, the rest frozen.
+
+    With block 0 the embeddings go too: fp16, or fp32 where `kind` is fp32.
+    """
+    for layer in model.layers_of(block):
+        convert_(layer, kind).eval()
+    model.exit_norms[block].requires_grad_(False)
+    if block == 0:
+        for embedding in (model.wte, model.wpe):
+            weight = embedding.weight.detach()
+            weight = weight if kind == "fp32" else weight.half()
+            embedding.weight = nn.Parameter(weight, requires_grad=False)
+
+
+# -------------------------------------------------------------------------------- on disk
+
+# A file is torch's zip archive followed by a trailer: MAGIC and the sha256 of the archive.
+MAGIC = b"FUSION01"
+TRAILER_BYTES = len(MAGIC) + 32
+
+
+class DamagedFile(OSError):
+    """A stored file that is missing, truncated, changed or not ours; str() is the message."""
+
+
+class _HashingWriter:
+    """What torch.save writes to: hashes and passes on.
+
+    A failing write is remembered rather than raised: torch would turn a full disk into a
+    RuntimeError about its zip archive.
+    """
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        self.sha256.update(data)
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self):
+        pass
+
+
+def _write_aside(path, write, verify):
+    """Write a file under a temporary name, sync it, verify it, and only then give it its name.
+
+    write(file) fills it and verify(temporary path) raises if it must not count. Whatever fails,
+    the file that had the name before stays as it was. OSError names the path.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # reread from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        verify(temporary)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the new name itself durable
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise
+
+
+def save_file(path, state):
+    """Save `state`, nested dicts and lists of tensors, numbers and strings, verified.
+
+    The file is reread and compared bit for bit before it takes its name. Returns {"sha256",
+    "bytes"} of the whole file. OSError: not written; DamagedFile: what came back differs.
+    """
+    result = {}
+
+    def write(file):
+        writer = _HashingWriter(file)
+        torch.save(state, writer)
+        if writer.error is not None:
+            raise writer.error
+        file.write(MAGIC + writer.sha256.digest())
+
+    def verify(temporary):
+        result.update(_check(temporary))
+        if not _same(state, _load_checked(temporary)):
+            raise DamagedFile(f"{path}: what was written does not read back the same")
+
+    _write_aside(path, write, verify)
+    return result
+
+
+def load_file(path):
+    """The state of a file that `save_file` wrote, on the CPU, after its sha256 has been checked.
+
+    Tensors are mapped from the file, so nothing is read twice. DamagedFile says what is wrong.
+    """
+    _check(path)
+    return _load_checked(path)
+
+
+def _check(path):
+    """{"sha256", "bytes"} of a whole file whose trailer is right; else DamagedFile."""
+    sha256 = hashlib.sha256()
+    chunk = memoryview(bytearray(1 << 20))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            ours = file.read(4) == b"PK\x03\x04"  # how a zip archive begins
+            file.seek(0)
+            remaining = size - TRAILER_BYTES
+            while remaining > 0:
+                n = file.readinto(chunk[: min(remaining, len(chunk))])
+                if not n:
+                    break
+                sha256.update(chunk[:n])
+                remaining -= n
+            trailer = file.read(TRAILER_BYTES)
+    except FileNotFoundError:
+        raise DamagedFile(f"{path}: missing") from None
+    except IsADirectoryError:
+        raise DamagedFile(f"{path}: a folder, not a file") from None
+    if not trailer.startswith(MAGIC) or len(trailer) != TRAILER_BYTES or remaining:
+        reason = "truncated, or its end has changed" if ours else "not a file of this program"
+        raise DamagedFile(f"{path}: {reason} ({size:,} bytes)")
+    if trailer[len(MAGIC) :] != sha256.digest():
+        raise DamagedFile(f"{path}: damaged, its bytes do not match its sha256")
+    sha256.update(trailer)
+    return {"sha256": sha256.hexdigest(), "bytes": size}
+
+
+def _load_checked(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds; all mean that this is not our data
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DamagedFile(f"{path}: refused, not plain tensors and numbers ({reason})") from None
+
+
+def _same(a, b):
+    """Whether two nested states are equal bit for bit (so NaN equals the same NaN)."""
+    if isinstance(a, torch.Tensor):
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+        return torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return a == b or (a != a and b != b)
+
+
+def write_json(path, value):
+    """Write `value` as JSON, verified like `save_file`."""
+    text = json.dumps(value, indent=2).encode()
+
+    def verify(temporary):
+        if temporary.read_bytes() != text:
+            raise DamagedFile(f"{path}: what was written does not read back the same")
+
+    _write_aside(path, lambda file: file.write(text), verify)
+
+
+# -------------------------------------------------------------------------------- backups
+
+
+def write_backup(folder, block, state, step, config):
+    """Keep the full-precision weights of a block: folder/block_<block>.pt and manifest.json.
+
+    state: flat {name: fp32 tensor}; step: of training; config: what JSON can hold. Returns the
+    manifest's entry {sha256, bytes, tensors: {name: [shape, dtype]}, step, config}. A backup that
+    is there already is kept if it holds the same bits (a run killed after the backup resumes
+    here), and FileExistsError if it does not: no backup is ever overwritten.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"block_{block}.pt"
+    if not path.exists():
+        config = json.loads(json.dumps(config))
+        save_file(path, {"tensors": dict(state), "step": step, "config": config})
+    entry, stored = _read_entry(path)
+    if not _same(dict(state), stored):
+        raise FileExistsError(f"{path}: holds other weights and is not overwritten; use a new run_id")
+    manifest = _read_manifest(folder) if (folder / "manifest.json").exists() else {}
+    if manifest.get(path.stem) != entry:
+        write_json(folder / "manifest.json", {**manifest, path.stem: entry})
+    return entry
+
+
+def read_backup(folder, block):
+    """The state {name: fp32 tensor} of a block, checked against its own sha256 and the manifest.
+
+    DamagedFile names the file that is damaged, truncated or missing.
+    """
+    path = Path(folder) / f"block_{block}.pt"
+    manifest = _read_manifest(folder)
+    if path.stem not in manifest:
+        raise DamagedFile(f"{Path(folder) / 'manifest.json'}: has no entry for {path.stem}")
+    entry, state = _read_entry(path)
+    wrong = [key for key in entry if manifest[path.stem].get(key) != entry[key]]
+    if wrong:
+        raise DamagedFile(f"{path}: does not match its manifest.json in {', '.join(wrong)}")
+    return state
+
+
+def _read_entry(path):
+    """(what the manifest must say about a backup, the backup's state), from the file alone."""
+    file = _check(path)
+    content = _load_checked(path)
+    if not isinstance(content, dict) or content.keys() != {"tensors", "step", "config"}:
+        raise DamagedFile(f"{path}: not a backup of this program")
+    state = content["tensors"]
+    tensors = {name: [list(t.shape), str(t.dtype).split(".")[1]] for name, t in state.items()}
+    entry = {**file, "tensors": tensors, "step": content["step"], "config": content["config"]}
+    return entry, state
+
+
+def _read_manifest(folder):
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedFile(f"{path}: missing") from None
+    except ValueError as error:
+        raise DamagedFile(f"{path}: damaged, not JSON ({error})") from None
+    if not isinstance(manifest, dict) or not all(isinstance(e, dict) for e in manifest.values()):
+        raise DamagedFile(f"{path}: damaged, not a manifest of backups")
+    return manifest

@@ -1,0 +1,782 @@
+"""Train GPT-2 as a mask-diffusion model, one block of layers after another.
+
+    python train_gpt2_fusion.py --preset tiny               learns in minutes on two CPU cores
+    python train_gpt2_fusion.py                             GPT-2 Small, gpt2.yaml as it stands
+    python train_gpt2_fusion.py --resume                    go on where the run was stopped
+    python train_gpt2_fusion.py training.mode=standard      end to end: the control
+
+Read from top to bottom: `TrainingConfig`, `Stage` and `fusion_schedule` (which layers are trained
+when, on which noise), `begin_stage` and `end_stage` (freeze, back up, convert), `train_stage` (the
+loop), `train` (the stages, one after another), `main`.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import lora
+import quant
+from data_loader import (
+    DataConfig,
+    UserError,
+    load_config,
+    load_tokens,
+    n_rows,
+    one_line_errors,
+    training_rows,
+    validation_rows,
+    write_atomically,
+)
+from evaluate_gpt2 import (
+    MIB,
+    load_run,
+    memory,
+    pick_device,
+    read_config,
+    report,
+    row_noise,
+    score,
+)
+from model import (
+    GPT,
+    ModelConfig,
+    autocast,
+    compute_type,
+    corrupt,
+    diffusion_loss,
+    stratified,
+    time_steps_of,
+)
+
+# ---------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """`training:` in gpt2.yaml, where each key is explained. ValueError names a bad key."""
+
+    mode: str = "fused"
+    fusion_mode: str = "frozen"
+    total_blocks: int = 3
+    block_size: int = 4
+    block_steps: tuple[float, ...] = (2, 1, 1)
+    block_mask_ranges: tuple[tuple[float, float], ...] = ((0.0, 0.4), (0.4, 0.7), (0.7, 1.0))
+    time_step_masking: bool = True
+    time_step_mask_fractions: tuple[float, ...] = ModelConfig.time_step_mask_fractions
+    qlora_enabled: bool = True
+    qlora_rank: int = 8
+    qlora_alpha: float = 16.0
+    qlora_dropout: float = 0.0
+    qlora_lr: float = 1e-3
+    quantization_type: str = "fp16"
+    lr: float = 1e-3
+    lr_min_share: float = 0.1
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_steps: int = 1000
+    log_interval: int = 10
+    eval_interval: int = 200
+    eval_rows: int = 32
+    checkpoint_interval: int = 200
+    seed: int = 0
+    run_id: str = "gpt2-small"
+    folder: str = "checkpoints"
+    gradient_checkpointing: bool = False
+    compute_type: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self):
+        for key, allowed in {
+            "mode": ("fused", "standard"),
+            "fusion_mode": ("frozen", "trainable"),
+            "quantization_type": quant.KINDS,
+            "compute_type": ("auto", "fp32", "bf16", "fp16"),
+        }.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"{key} must be {' or '.join(allowed)}, not {getattr(self, key)!r}"
+                )
+        for key in ("batch_size", "gradient_accumulation", "max_steps", "qlora_rank",
+                    "log_interval", "eval_interval", "eval_rows", "checkpoint_interval"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        for key in ("lr", "qlora_lr", "qlora_alpha", "grad_clip"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key} must be above 0, not {getattr(self, key)}")
+        for key in ("weight_decay", "warmup_steps", "seed", "qlora_dropout"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, not {getattr(self, key)}")
+        for key in ("beta2", "lr_min_share", "qlora_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key} must be in [0, 1), not {getattr(self, key)}")
+        if self.mode == "fused" and len(self.block_steps) != self.total_blocks:
+            raise ValueError(
+                f"block_steps needs one share per block: {self.total_blocks} blocks, "
+                f"{len(self.block_steps)} shares"
+            )
+        if any(share <= 0 for share in self.block_steps):
+            raise ValueError(f"block_steps must be above 0, not {list(self.block_steps)}")
+        if not self.run_id or "/" in self.run_id or self.run_id.startswith("."):
+            raise ValueError(f"run_id must be a plain folder name, not {self.run_id!r}")
+
+
+# Keys that --resume may change: they alter what is reported or how it is computed, not the run.
+MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
+              "gradient_checkpointing", "folder", "run_id"}  # fmt: skip
+
+
+def standard_config(model_config):
+    """mode: standard is one block that owns all layers and the whole band (0, 1]."""
+    return dataclasses.replace(
+        model_config,
+        total_blocks=1,
+        block_size=model_config.n_layers,
+        block_mask_ranges=((0.0, 1.0),),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The schedule: which layers are trained when, on which noise
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The training of one block."""
+
+    index: int
+    block: int  # the exit that is read; the forward pass stops after this block
+    steps: int
+    time_steps: tuple[float, ...]  # mask fractions; (0.0,) is next-token training
+    layers: tuple[int, ...]  # trained in fp32
+    embeddings: bool  # trained too?
+    adapters: bool  # LoRA on every linear of the frozen layers before the block?
+
+
+def fusion_schedule(model_config, training):
+    """The list of stages. A pure function; the training loop only walks it.
+
+    frozen: stage k trains the layers of block k on block k's band, the blocks before it are frozen
+    (and adapted, if qlora_enabled). trainable: stage k trains every layer up to block k and the
+    embeddings. Standard mode has one block, hence one stage.
+    """
+    blocks, size = model_config.total_blocks, model_config.block_size
+    frozen = training.fusion_mode == "frozen"
+    shares = training.block_steps if blocks > 1 else (1,)
+    # Rounding the running sum, not each share, makes the steps add up to max_steps exactly.
+    edges = [round(training.max_steps * sum(shares[:k]) / sum(shares)) for k in range(blocks + 1)]
+    return [
+        Stage(
+            index=k,
+            block=k,
+            steps=edges[k + 1] - edges[k],
+            time_steps=time_steps_of(k, model_config) if training.time_step_masking else (0.0,),
+            layers=tuple(range(k * size if frozen else 0, (k + 1) * size)),
+            embeddings=k == 0 or not frozen,
+            adapters=training.qlora_enabled and frozen and k > 0,
+        )
+        for k in range(blocks)
+    ]
+
+
+def learning_rate_share(step, stage, training):
+    """Linear warm-up, then cosine decay to lr_min_share, within the stage. -> (0, 1]"""
+    warmup = min(training.warmup_steps, stage.steps // 2)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, stage.steps - warmup)
+    low = training.lr_min_share
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def matmul_flops(stage, config):
+    """Matrix-product FLOPs that one token of a stage needs, forward and backward.
+
+    2 per weight forward, 2 for the gradient of the input, 2 for the gradient of the weight. Frozen
+    layers need no weight gradient, and without adapters no backward pass at all. Scores and sums of
+    the attention count too; the adapters themselves (under 1 %) do not.
+    """
+    d, trained = config.d_model, len(stage.layers)
+    layer = 12 * d * d + 2 * d * config.seq_len * (0.5 if config.attention_mode == "causal" else 1)
+    frozen = (stage.block + 1) * config.block_size - trained
+    per_token = 6 * trained * layer + (4 if stage.adapters else 2) * frozen * layer
+    scored = 1.0
+    if config.attention_mode == "bidirectional":
+        scored = sum(stage.time_steps) / len(stage.time_steps)
+    return per_token + (6 if stage.embeddings else 4) * d * config.rows * scored
+
+
+def parameter_counts(config):
+    """Parameters of (the embeddings, one layer, one exit norm)."""
+    d = config.d_model
+    return (config.rows + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
+
+
+def standard_bytes(config):
+    """Bytes of weights, gradients and AdamW state when all layers train in fp32 at once."""
+    embeddings, layer, norm = parameter_counts(config)
+    return 16 * (embeddings + config.n_layers * layer + norm)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Beginning and ending a stage
+
+
+def begin_stage(model, stage, training):
+    """Build what the stage needs (if it is not there yet) and say what is trained.
+
+    Returns:
+        the AdamW optimizer over the stage's trainable parameters.
+    """
+    while model.blocks <= stage.block:
+        # Each block's initial weights depend on (seed, block) alone, not on what ran before.
+        torch.manual_seed(1000 * training.seed + model.blocks)
+        model.grow()
+    if stage.adapters and not lora.adapter_state(model, stage.block):
+        lora.add_adapters(
+            model,
+            stage.block,
+            training.qlora_rank,
+            training.qlora_alpha,
+            training.qlora_dropout,
+            seed=1000 * training.seed + stage.block,
+        )
+    model.requires_grad_(False)
+    parts = [model.exit_norms[stage.block], *(model.h[i] for i in stage.layers)]
+    parts += [model.wte, model.wpe] if stage.embeddings else []
+    others = [parameter for part in parts for parameter in part.parameters()]
+    adapters = [*lora.adapter_parameters(model, stage.block).values()] if stage.adapters else []
+    for parameter in others + adapters:
+        parameter.requires_grad_(True)
+    train_mode(model, stage)
+    groups = [
+        # Biases and LayerNorms are not decayed (GPT-2's habit, after Loshchilov and Hutter 2019).
+        {"params": [p for p in others if p.dim() == 2], "lr": training.lr},
+        {"params": [p for p in others if p.dim() < 2], "lr": training.lr, "weight_decay": 0.0},
+    ]
+    if adapters:
+        groups.append({"params": adapters, "lr": training.qlora_lr, "weight_decay": 0.0})
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    model.gradient_checkpointing = training.gradient_checkpointing
+    return torch.optim.AdamW(
+        groups, betas=(0.9, training.beta2), weight_decay=training.weight_decay, fused=True
+    )
+
+
+def train_mode(model, stage):
+    """Dropout on in what the stage trains; frozen layers run without."""
+    model.eval()
+    for i in stage.layers:
+        model.h[i].train()
+    model.dropout.train(stage.embeddings)
+    for module in model.modules():
+        if isinstance(module, lora.LoRALinear):
+            module.dropout.train(stage.adapters)
+
+
+def end_stage(model, stage, stages, training, folder):
+    """Back up what the stage finished, verified on disk, then convert it in place.
+
+    In frozen mode that is the stage's own block; in trainable mode every block, after the last
+    stage. Returns the number of blocks that are backed up.
+    """
+    last = stage.index == len(stages) - 1
+    if training.fusion_mode == "frozen" or training.mode == "standard":
+        done = [stage.block]
+    else:
+        done = range(model.blocks) if last else []
+    config = {"model": asdict(model.config), "training": asdict(training)}
+    for block in done:
+        state = {name: p.detach().cpu() for name, p in model.block_parameters(block).items()}
+        state |= {name: t.cpu() for name, t in lora.adapter_state(model, block).items()}
+        quant.write_backup(folder / "backup", block, state, stage.steps, config)
+    for block in done:
+        quant.freeze_block(model, block, training.quantization_type)
+    return max(done) + 1 if done else 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. What is measured while training
+
+
+def memory_mib(device, reset=False):
+    """Memory in use now and its peak since the last reset: (MiB, MiB).
+
+    CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
+    resets on request. macOS: resident memory as `ps` tells it; the peak is the largest one read.
+    """
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return now / MIB, peak / MIB
+    status = Path("/proc/self/status")
+    if status.exists():
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return tuple(int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
+    now = int(ps.stdout) / 1024
+    memory_mib.peak = now if reset else max(now, memory_mib.peak)
+    return now, memory_mib.peak
+
+
+def clock(seconds):
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def matmul_rate(config, dtype, tokens=2048):
+    """FLOP/s that this machine reaches in a product of the MLP's shape (median of 5)."""
+    x = torch.randn(tokens, config.d_model, dtype=dtype)
+    w = torch.randn(4 * config.d_model, config.d_model, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return 2 * x.numel() * len(w) / sorted(times[1:])[2]
+
+
+def step_efficiency(config):
+    """The share of that rate that whole steps reached, as measured on 2 cores: narrow models spend
+    more of their time outside the matrix products."""
+    return 0.7 if config.d_model >= 512 else 0.35
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. The loop
+
+
+def batch_of(tokens, model_config, training, stage, step):
+    """The global batch of one step: a pure function of (seed, stage, step).
+
+    Returns:
+        x_0, x_t, mask, each (B, T), and mask_fraction (B,).
+    """
+    rows = training.batch_size * training.gradient_accumulation
+    x_0 = training_rows(
+        tokens, model_config.seq_len, rows, training.seed, stage.index, step
+    )  # (B, T)
+    rng = np.random.default_rng([training.seed, stage.index, step])
+    mask_fraction = stratified(stage.time_steps, rows, int(rng.integers(len(stage.time_steps))))
+    uniform = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
+    x_t, mask = corrupt(x_0, mask_fraction, uniform, model_config.mask_id)
+    return x_0, x_t, mask, mask_fraction
+
+
+def validate(model, rows, stage, training):
+    """Mean CE over the stage's time steps and the accuracy, on fixed validation rows."""
+    model.eval()
+    noise = row_noise(len(rows), rows.size(1), training.seed, tag=0)
+    scores = [
+        score(model, rows, torch.full((len(rows),), m), stage.block, noise)
+        for m in stage.time_steps
+    ]
+    train_mode(model, stage)
+    return tuple(torch.stack([s[i].mean() for s in scores]).mean().item() for i in (0, 1))
+
+
+def train_step(model, optimizer, scaler, batch, stage, training, dtype):
+    """Forward, backward, clip, update.
+
+    Returns:
+        each row's CE estimate (B,) and the gradient norm before clipping, both still on the device.
+    """
+    device = model.wte.weight.device
+    x_0, x_t, mask, mask_fraction = (
+        t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+        for t in batch
+    )
+    by_row = []
+    for i in range(0, len(x_0), training.batch_size):
+        part = slice(i, i + training.batch_size)
+        with autocast(device, dtype):
+            loss, ce, _ = diffusion_loss(
+                model, x_0[part], x_t[part], mask[part], mask_fraction[part], stage.block, len(x_0)
+            )
+        scaler.scale(loss).backward()
+        by_row.append(ce)
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.cat(by_row), grad_norm
+
+
+def train_stage(run, model, optimizer, stage, step):
+    """The loop of one stage, from `step` on. Returns False if it was asked to stop."""
+    training, device = run.training, model.wte.weight.device
+    dtype = compute_type(device, training.compute_type)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.load_state_dict(run.scaler)
+    pending, seconds = [], 0.0  # steps and time since the last log line
+    while step < stage.steps:
+        started = time.perf_counter()
+        lr_share = learning_rate_share(step, stage, training)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_share
+        if model.config.dropout or training.qlora_dropout:
+            torch.manual_seed(hash((training.seed, stage.index, step)))
+        batch = batch_of(run.tokens, model.config, training, stage, step)
+        ce, grad_norm = train_step(model, optimizer, scaler, batch, stage, training, dtype)
+        pending.append((batch, ce))
+        step += 1
+
+        last = step == stage.steps
+        save = run.stop or (step % training.checkpoint_interval == 0 and not last)
+        log = save or last or step % training.log_interval == 0
+        if log:
+            record = summary(pending, grad_norm, optimizer, device)
+        seconds += time.perf_counter() - started
+        if log:
+            run.log_step(stage, step, record, seconds)
+            pending, seconds = [], 0.0
+        if last or step % training.eval_interval == 0:
+            with autocast(device, dtype):
+                run.log_validation(stage, step, *validate(model, run.val_rows, stage, training))
+        if save:
+            run.scaler = scaler.state_dict()
+            run.save(model, optimizer, stage, step)
+        if run.stop:
+            return last
+    return True
+
+
+def summary(pending, grad_norm, optimizer, device):
+    """The figures of a log line, from the (batch, CE by row) of the steps since the last one."""
+    by_time_step = defaultdict(list)
+    for (_, _, _, mask_fraction), ce in pending:
+        for m, value in zip(mask_fraction.tolist(), ce.tolist()):
+            by_time_step[m].append(value)
+    masked = [batch[2][:, 1:].float().mean().item() for batch, _ in pending]
+    return {
+        "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
+        "loss_by_time_step": {f"{m:g}": np.mean(by_time_step[m]) for m in sorted(by_time_step)},
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm.item(),
+        "masked_fraction": float(np.mean(masked)),
+        "tokens": sum(batch[0].numel() for batch, _ in pending),
+        "memory_mib": memory_mib(device)[0],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. A run: what goes to disk, and the stages one after another
+
+
+class Run:
+    """One training run: its folder, its data, its log and its checkpoints."""
+
+    def __init__(self, folder, model_config, training, tokens, val_rows, stages):
+        self.folder, self.model_config, self.training = folder, model_config, training
+        self.tokens, self.val_rows, self.stages = tokens, val_rows, stages
+        self.stop = False  # set by Ctrl-C and SIGTERM
+        self.seconds = 0.0  # training time of the stage so far, validation and saving left out
+        self.peak_mib = 0.0
+        self.backed_up = 0
+        self.scaler = {}
+        self.metrics = None
+
+    def record(self, event, **values):
+        """Append a line to metrics.jsonl."""
+        self.metrics.write(json.dumps({"event": event, **values}) + "\n")
+        self.metrics.flush()
+
+    def log_step(self, stage, step, record, seconds):
+        """Print and record a log line; stop the run on a loss that is not finite."""
+        tokens = record.pop("tokens")
+        speed = tokens / seconds
+        self.seconds += seconds
+        if not math.isfinite(record["loss"]):
+            bad = [m for m, ce in record["loss_by_time_step"].items() if not math.isfinite(ce)]
+            raise UserError(
+                f"the loss is {record['loss']} in stage {stage.index + 1} before step {step}, "
+                f"time step {bad[0]}; lower training.lr and start a new run"
+            )
+        self.record("step", stage=stage.index, block=stage.block, step=step, **record,
+                    tokens_per_second=speed)  # fmt: skip
+        left = sum(
+            (s.steps - (step if s is stage else 0)) * matmul_flops(s, self.model_config)
+            for s in self.stages[stage.index :]
+        )
+        eta = left * tokens_per_step(self) / (speed * matmul_flops(stage, self.model_config))
+        say(
+            f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.1e}  grad {record['grad_norm']:5.2f}  {speed:7,.0f} tokens/s  "
+            f"{record['memory_mib']:6,.0f} MiB  eta {clock(eta)}"
+        )
+
+    def log_validation(self, stage, step, cross_entropy, accuracy):
+        """Print and record the validation figures of the exit in training."""
+        perplexity = math.exp(min(cross_entropy, 700))
+        self.record(
+            "validation",
+            stage=stage.index,
+            block=stage.block,
+            step=step,
+            cross_entropy=cross_entropy,
+            perplexity=perplexity,
+            accuracy=accuracy,
+        )
+        say(
+            f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  validation "
+            f"{cross_entropy:.4f} nats, perplexity {perplexity:.1f}, accuracy {accuracy:.1%}"
+        )
+
+    def save(self, model, optimizer, stage, step):
+        """Write checkpoint.pt: all that --resume needs beside the backups.
+
+        `stage` None means that the run is finished.
+        """
+        device = self.val_rows.device if model is None else model.wte.weight.device
+        self.peak_mib = max(self.peak_mib, memory_mib(device)[1])
+        trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        state = {
+            "finished": stage is None,
+            "stage": stage.index if stage else len(self.stages),
+            "block": stage.block if stage else model.blocks - 1,
+            "step": step,
+            "backed_up": self.backed_up,
+            "trained": trained if step else {},
+            "optimizer": optimizer.state_dict() if step else {},
+            "scaler": self.scaler,
+            "seconds": self.seconds,
+            "peak_mib": self.peak_mib,
+            "metrics_bytes": self.metrics.tell(),
+        }
+        quant.save_file(self.folder / "checkpoint.pt", state)
+
+    def restore(self, state):
+        """Take up where `state` was saved: counters, and metrics.jsonl cut back to that moment."""
+        self.backed_up, self.scaler = state["backed_up"], state["scaler"]
+        self.seconds, self.peak_mib = state["seconds"], state["peak_mib"]
+        os.truncate(self.folder / "metrics.jsonl", state["metrics_bytes"])
+
+
+def say(text=""):
+    """Print at once, also into a pipe or a log file."""
+    print(text, flush=True)
+
+
+def run_stages(run, model, state, device):
+    """Train all stages, or what `state` leaves of them. Returns False if asked to stop."""
+    training, stages = run.training, run.stages
+    first, step = (state["stage"], state["step"]) if state else (0, 0)
+    for stage in stages[first:]:
+        memory_mib(device, reset=True)
+        optimizer = begin_stage(model, stage, training)
+        if step:
+            optimizer.load_state_dict(state["optimizer"])
+            state = None
+        if not train_stage(run, model, optimizer, stage, step):
+            return False
+        step = 0
+        run.peak_mib = max(run.peak_mib, memory_mib(device)[1])
+        run.record(
+            "stage",
+            stage=stage.index,
+            block=stage.block,
+            step=stage.steps,
+            seconds=run.seconds,
+            tokens=stage.steps * tokens_per_step(run),
+            held=memory(model, optimizer),
+            standard_bytes=standard_bytes(run.model_config),
+            peak_mib=run.peak_mib,
+        )
+        del optimizer  # its state is as large as two copies of what was trained
+        run.backed_up = max(run.backed_up, end_stage(model, stage, stages, training, run.folder))
+        if run.backed_up:
+            say(f"block {stage.block} is backed up in {run.folder / 'backup'}, verified, and now "
+                f"stored in {training.quantization_type}\n")  # fmt: skip
+        run.seconds, run.peak_mib, run.scaler = 0.0, 0.0, {}
+        following = stages[stage.index + 1] if stage.index + 1 < len(stages) else None
+        run.save(model, None, following, 0)
+    return True
+
+
+def tokens_per_step(run):
+    """Tokens of one optimizer step: rows times context length."""
+    return run.training.batch_size * run.training.gradient_accumulation * run.model_config.seq_len
+
+
+def open_folder(training, resume, overwrite):
+    """The run's folder, locked for this process, with no earlier run in it unless it is resumed.
+
+    The kernel drops the lock when the process ends, however it ends.
+
+    Returns:
+        the folder and the open lock file.
+    """
+    folder = Path(training.folder) / training.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"run {training.run_id} is being trained by another process") from None
+    if (folder / "config.json").exists() and not resume:
+        if not overwrite:
+            raise UserError(
+                f"run {training.run_id} exists; continue it with --resume, train it anew with "
+                f"--overwrite (the old run is moved aside), or choose training.run_id=NAME"
+            )
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        say(f"the earlier run is now {aside}")
+        lock.close()
+        return open_folder(training, resume, overwrite)
+    return folder, lock
+
+
+def check_same_config(folder, model_config, training, data):
+    """Refuse to resume a run under a configuration that would make it another run."""
+    old_model, old_training, old_data = read_config(folder)
+    pairs = [("model", asdict(old_model), asdict(model_config)),
+             ("training", old_training, asdict(training)),
+             ("data", asdict(old_data), asdict(data))]  # fmt: skip
+    for section, old, new in pairs:
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) == new.get(key) or key == "folder" and section == "data":
+                continue
+            text = f"{section}.{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+            if section == "training" and key in MAY_CHANGE:
+                say(f"note: {text}")
+            else:
+                raise UserError(f"{text}; --resume needs it as it was")
+
+
+def print_plan(run, device):
+    """Say what is about to be done, and on a CPU about how long it will take."""
+    c, training = run.model_config, run.training
+    dtype = compute_type(device, training.compute_type)
+    per_step = tokens_per_step(run)
+    passes = training.max_steps * per_step / c.seq_len / n_rows(run.tokens, c.seq_len)
+    kind = f" ({training.fusion_mode})" if training.mode == "fused" else " (end to end)"
+    say(
+        f"run {training.run_id}: GPT-2 with {c.n_layers} layers, {c.d_model} wide, {c.n_heads} "
+        f"heads, context {c.seq_len}, {c.attention_mode}, vocabulary {c.vocab_size}\n"
+        f"mode {training.mode}{kind}, {training.max_steps} steps of {per_step} tokens, "
+        f"{passes:.1f} passes over {len(run.tokens):,} training tokens\n"
+        f"device {device}, matrix products in {str(dtype).removeprefix('torch.')}, finished "
+        f"blocks stored in {training.quantization_type}"
+    )
+    if training.qlora_enabled and not any(stage.adapters for stage in run.stages):
+        say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
+    say("\nstage  layers  mask fractions  steps  trainable     frozen  adapters  (parameters)")
+    for s in run.stages:
+        embeddings, layer, norm = parameter_counts(c)
+        trainable = len(s.layers) * layer + norm + embeddings * s.embeddings
+        everything = embeddings + (s.block + 1) * (c.block_size * layer + norm)
+        # rank x (in + out) of c_attn, c_proj, c_fc and the MLP's c_proj: 4 + 2 + 5 + 5 widths
+        adapters = s.layers[0] * training.qlora_rank * 16 * c.d_model * s.adapters
+        say(
+            f"{s.index + 1:5d}  {f'{s.layers[0]}-{s.layers[-1]}':>6s}  "
+            f"{f'{s.time_steps[0]:g} - {s.time_steps[-1]:g}':>14s}  {s.steps:5d}  "
+            f"{trainable / 1e6:7.2f} M  {(everything - trainable) / 1e6:7.2f} M  "
+            f"{adapters / 1e6:6.2f} M"
+        )
+    if device.type == "cpu":
+        flops = per_step * sum(s.steps * matmul_flops(s, c) for s in run.stages)
+        seconds = flops / (matmul_rate(c, dtype) * step_efficiency(c))
+        say(f"\nno GPU: about {clock(seconds)} of training on {torch.get_num_threads()} threads")
+    say()
+    run.record("plan", stages=[asdict(stage) for stage in run.stages])
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train GPT-2 block by block by mask diffusion.")
+    parser.add_argument("--config", default="gpt2.yaml", help="default: gpt2.yaml")
+    parser.add_argument("--preset", metavar="NAME", help="a preset of the config, e.g. tiny")
+    parser.add_argument("--resume", action="store_true", help="go on where the run was stopped")
+    parser.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+    config = load_config(args.config, sections, args.preset, args.overrides)
+    model_config, training, data = (config[name] for name in sections)
+    if training.mode == "standard":
+        model_config = standard_config(model_config)
+    if not training.time_step_masking and model_config.attention_mode != "causal":
+        raise UserError("training.time_step_masking=false (next-token training) needs "
+                        "model.attention_mode=causal")  # fmt: skip
+    device = pick_device(training.device)
+    stages = fusion_schedule(model_config, training)
+    if min(stage.steps for stage in stages) < 1:
+        raise UserError(f"training.max_steps={training.max_steps} leaves a block without a step")
+    tokens = load_tokens(data, "train", model_config.vocab_size)
+    val_tokens = load_tokens(data, "val", model_config.vocab_size)
+    val_rows = validation_rows(val_tokens, model_config.seq_len, training.eval_rows)
+
+    folder, lock = open_folder(training, args.resume, args.overwrite)
+    run = Run(folder, model_config, training, tokens, val_rows, stages)
+    torch.manual_seed(training.seed)
+    model, state = GPT(model_config, blocks=0).to(device), None
+    if (folder / "config.json").exists():
+        check_same_config(folder, model_config, training, data)
+        if (folder / "checkpoint.pt").exists():
+            model, state = load_run(folder, device=device, resume=True)
+            run.restore(state)
+    else:
+        if args.resume:
+            say(f"there is no run {training.run_id} to resume; starting it")
+        text = json.dumps({"model": asdict(model_config), "training": asdict(training),
+                           "data": asdict(data)}, indent=1)  # fmt: skip
+        write_atomically(folder / "config.json", text.encode())
+    if state and state["finished"]:
+        say(f"run {training.run_id} is finished; python evaluate_gpt2.py --run {training.run_id}")
+        return 0
+
+    def stop(*_):
+        say("\nstopping after this step ...")
+        run.stop = True
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with lock, open(folder / "metrics.jsonl", "a" if state else "w") as run.metrics:
+            if state:
+                say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
+            else:
+                print_plan(run, device)
+            if not run_stages(run, model, state, device):
+                say(f"saved in {folder}; go on with the same command and --resume")
+                return 130
+            result = report(folder, model, say=say)
+            write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    say(f"\nrun folder: {folder}; python evaluate_gpt2.py --run {training.run_id} repeats the table")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
