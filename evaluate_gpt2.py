@@ -111,35 +111,33 @@ def load_run(folder, precision=None, device="cpu", resume=False):
         if state and not state["finished"] and block >= state["backed_up"]:
             break  # written just before a stop that lost the checkpoint after it
         model.grow()
-        load_block(model, block, quant.read_backup(folder / "backup", block), training)
+        load_blocks(model, [block], quant.read_backup(folder / "backup", block), block, training)
         quant.freeze_block(model, block, kind)
         block += 1
-    if state and not state["finished"] and state["trained"]:
-        while model.blocks <= state["block"]:
+    if state and state["blocks"] > block:
+        while model.blocks < state["blocks"]:
             model.grow()
-        load_block(model, state["block"], state["trained"], training)
+        unfinished = range(block, state["blocks"])
+        load_blocks(model, unfinished, state["weights"], state["block"], training)
     if not model.blocks and not resume:
         raise UserError(f"{folder} holds no trained block yet; continue it with --resume")
     model.to(device)
     return (model, state) if resume else model
 
 
-def load_block(model, block, state, training):
-    """Put a backup's or checkpoint's tensors into the model; every name and shape must fit."""
-    adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
-    if adapters:
-        lora.add_adapters(
-            model, block, training["qlora_rank"], training["qlora_alpha"], training["qlora_dropout"]
-        )
-        lora.load_adapter_state(model, block, adapters)
-    parameters = dict(model.named_parameters())
-    for name in state.keys() - adapters.keys():
-        if name not in parameters or parameters[name].shape != state[name].shape:
-            raise UserError(f"the saved tensor {name} does not fit the model in config.json")
-        parameters[name].data.copy_(state[name])
-    missing = model.block_parameters(block).keys() - state.keys()
-    if missing:
-        raise UserError(f"the saved state of block {block} lacks {sorted(missing)[0]}")
+def load_blocks(model, blocks, state, exit, training):
+    """Fill blocks from a backup's or checkpoint's tensors, and the adapters of `exit` if it has
+    any. Strict: UserError names the first tensor that is missing, left over or of another shape."""
+    if any("lora_" in name for name in state):
+        rank, alpha, dropout = (training[f"qlora_{key}"] for key in ("rank", "alpha", "dropout"))
+        lora.add_adapters(model, exit, rank, alpha, dropout)
+    own = lora.adapter_state(model, exit)
+    for block in blocks:
+        own |= model.block_parameters(block)
+    for name in sorted(own.keys() | state.keys()):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
+            raise UserError(f"the saved tensors do not fit config.json: {name}")
+        own[name].data.copy_(state[name])
 
 
 # ---------------------------------------------------------------------------------------------

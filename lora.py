@@ -48,8 +48,9 @@ class LoRALinear(nn.Module):
         device = next(t for t in (*self.base.parameters(), *self.base.buffers())).device
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(self.out_features, self.rank)
         self.lora_A[str(exit)] = nn.Parameter(A.to(device))
-        self.lora_B[str(exit)] = nn.Parameter(torch.zeros(self.out_features, self.rank, device=device))
+        self.lora_B[str(exit)] = nn.Parameter(B.to(device))
 
     def delta(self, exit):
         """The dense correction (out, in) in fp32, or None where `exit` has no adapter."""

@@ -65,8 +65,8 @@ class ModelConfig:
         for key in ("d_model", "n_layers", "n_heads", "total_blocks", "block_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if not 257 <= self.vocab_size <= 50257:
-            raise ValueError(f"vocab_size must be 257 to 50257, not {self.vocab_size}")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size must be at least 2, not {self.vocab_size}")
         if self.seq_len < 2:
             raise ValueError(f"seq_len must be at least 2, not {self.seq_len}")
         if self.d_model % self.n_heads:

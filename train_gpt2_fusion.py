@@ -552,16 +552,19 @@ class Run:
 
         `stage` None means that the run is finished.
         """
-        device = self.val_rows.device if model is None else model.wte.weight.device
-        self.peak_mib = max(self.peak_mib, memory_mib(device)[1])
-        trained = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        if step:
+            self.peak_mib = max(self.peak_mib, memory_mib(model.wte.weight.device)[1])
+        weights = lora.adapter_state(model, stage.block) if step else {}
+        for block in range(self.backed_up, model.blocks):  # the others are in their backups
+            weights |= model.block_parameters(block)
         state = {
             "finished": stage is None,
             "stage": stage.index if stage else len(self.stages),
             "block": stage.block if stage else model.blocks - 1,
             "step": step,
             "backed_up": self.backed_up,
-            "trained": trained if step else {},
+            "blocks": model.blocks,
+            "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
             "optimizer": optimizer.state_dict() if step else {},
             "scaler": self.scaler,
             "seconds": self.seconds,
@@ -717,7 +720,7 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on where the run was stopped")
     parser.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
@@ -735,6 +738,8 @@ def main(argv=None):
     tokens = load_tokens(data, "train", model_config.vocab_size)
     val_tokens = load_tokens(data, "val", model_config.vocab_size)
     val_rows = validation_rows(val_tokens, model_config.seq_len, training.eval_rows)
+
+    batch_of(tokens, model_config, training, stages[0], 0)  # fails now if the text is too short
 
     folder, lock = open_folder(training, args.resume, args.overwrite)
     run = Run(folder, model_config, training, tokens, val_rows, stages)
