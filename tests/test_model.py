@@ -256,6 +256,17 @@ def test_chunked_cross_entropy_survives_hopeless_predictions():
     assert ce.item() == pytest.approx(300.0) and not hit.item()
 
 
+def test_scoring_without_gradients_tells_right_from_wrong():
+    """Also while the embedding is in training, as in the validation of stage 1."""
+    model, x_0 = toy_model(), text(6)
+    assert model.wte.weight.requires_grad
+    with torch.no_grad():
+        _, _, hit = diffusion_loss(model, x_0, x_0, x_0 < 0, torch.zeros(6), 1)
+    right = model(x_0, 1)[:, :-1].argmax(-1) == x_0[:, 1:]
+    assert 0 < right.float().mean() < 1
+    assert torch.allclose(hit, right.float().mean(1))
+
+
 def test_no_head_gradient_where_the_embedding_is_frozen():
     hidden = torch.randn(4, 16, requires_grad=True)
     weight = torch.randn(64, 16)
