@@ -3,6 +3,8 @@
     python evaluate_gpt2.py                       the newest run
     python evaluate_gpt2.py --run tiny            a run by name
     python evaluate_gpt2.py --precision int4      the same run, rebuilt from its backups in int4
+    python evaluate_gpt2.py --precision all       a table of every storage
+    python evaluate_gpt2.py --compare tiny other  runs side by side
     python evaluate_gpt2.py --prompt "The people of" --full
 
 Read from top to bottom: `load_run` (a run rebuilt from disk), `score` (the one primitive that all
@@ -11,8 +13,11 @@ sampling, and the report. All figures are in nats per token unless a name says o
 """
 
 import argparse
+import contextlib
 import json
 import math
+import os
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -23,34 +28,17 @@ import torch
 
 import lora
 import quant
-from data_loader import (
-    DataConfig,
-    UserError,
-    load_tokens,
-    one_line_errors,
-    token_bytes,
-    tokenizer,
-    validation_rows,
-    write_atomically,
-)
-from model import (
-    GPT,
-    ModelConfig,
-    autocast,
-    block_of,
-    compute_type,
-    corrupt,
-    diffusion_loss,
-    reverse_step,
-    sample_tokens,
-)
+from data_loader import (DataConfig, UserError, load_tokens, one_line_errors, token_bytes,
+                         tokenizer, validation_rows, write_atomically)
+from model import (GPT, ModelConfig, autocast, block_of, compute_type, corrupt, diffusion_loss,
+                   reverse_step, sample_tokens)
 
 ROWS = 100  # validation rows scored by default
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
 MIB = 2**20
 
 # ---------------------------------------------------------------------------------------------
-# A run on disk: checkpoints/<run_id>/{config.json, metrics.jsonl, checkpoint.pt, backup/, eval.json}
+# A run on disk: checkpoints/<run_id>/ with config.json, metrics.jsonl, checkpoint.pt, backup/
 
 
 def newest_run(folder="checkpoints"):
@@ -118,7 +106,7 @@ def load_run(folder, precision=None, device="cpu", resume=False):
         while model.blocks < state["blocks"]:
             model.grow()
         unfinished = range(block, state["blocks"])
-        load_blocks(model, unfinished, state["weights"], state["block"], training)
+        load_blocks(model, unfinished, state.pop("weights"), state["block"], training)
     if not model.blocks and not resume:
         raise UserError(f"{folder} holds no trained block yet; continue it with --resume")
     model.to(device)
@@ -193,15 +181,9 @@ def nelbo_12(model, rows, seed):
     for m in steps:
         block = exit_of(m, model)
         ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise)
-        table.append(
-            {
-                "mask_fraction": m,
-                "block": block,
-                "layers": (block + 1) * model.config.block_size,
-                "cross_entropy": ce.mean().item(),
-                "accuracy": accuracy.mean().item(),
-            }
-        )
+        layers = (block + 1) * model.config.block_size
+        table.append({"mask_fraction": m, "block": block, "layers": layers,
+                      "cross_entropy": ce.mean().item(), "accuracy": accuracy.mean().item()})
         bound += (m - low) * table[-1]["cross_entropy"]
         low = m
     return bound, table
@@ -245,11 +227,12 @@ def nelbo(model, rows, seed, replicates=REPLICATES):
 
 
 def left_to_right(model, rows):
-    """CE(0) of every exit: the exact left-to-right loss of a causal model; None if bidirectional."""
+    """CE(0) of every exit: a causal model's exact left-to-right loss. None if bidirectional."""
     if model.config.attention_mode != "causal":
         return None
     zeros, noise = torch.zeros(len(rows)), torch.ones(rows.shape)
-    return [score(model, rows, zeros, block, noise)[0].mean().item() for block in range(model.blocks)]
+    scores = [score(model, rows, zeros, block, noise) for block in range(model.blocks)]
+    return [ce.mean().item() for ce, _ in scores]
 
 
 def unigram_entropy(train_tokens, tokens, vocab_size):
@@ -283,14 +266,8 @@ def evaluate(model, rows, seed, compute="auto", progress=None):
         if progress:
             progress("continuous bound done")
         exits = left_to_right(model, rows)
-    return {
-        "nelbo_12": bound,
-        "nelbo": mean,
-        "nelbo_stderr": stderr,
-        "left_to_right": exits,
-        "time_steps": table,
-        "rows": len(rows),
-    }
+    return {"nelbo_12": bound, "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": exits,
+            "time_steps": table, "rows": len(rows)}
 
 
 def memory(model, optimizer=None):
@@ -313,6 +290,30 @@ def memory(model, optimizer=None):
         states = optimizer.state.values()
         held["optimizer"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
     return dict(held, total=sum(held.values()))
+
+
+def memory_mib(device, reset=False):
+    """Memory in use now and its peak since the last reset: (MiB, MiB).
+
+    CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
+    resets on request. macOS: resident memory as `ps` tells it; the peak is the largest one read.
+    """
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return now / MIB, peak / MIB
+    status = Path("/proc/self/status")
+    if status.exists():
+        if reset:
+            with contextlib.suppress(OSError):  # where it may not, the peak is the process's own
+                Path("/proc/self/clear_refs").write_text("5")
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return tuple(int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
+    now = int(ps.stdout) / 1024
+    memory_mib.peak = now if reset else max(now, memory_mib.peak)
+    return now, memory_mib.peak
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,9 +364,8 @@ def sample_text(model, encoding, training, prompt="", length=64, seed=0):
     ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     length = min(max(length, len(ids) + 1), model.config.seq_len)
     if len(ids) >= model.config.seq_len:
-        raise UserError(
-            f"the prompt has {len(ids) - 1} tokens; shorten it to {model.config.seq_len - 2}"
-        )
+        raise UserError(f"the prompt has {len(ids) - 1} tokens; shorten it to at most "
+                        f"{model.config.seq_len - 2}")
     device = model.wte.weight.device
     with autocast(device, compute_type(device, training["compute_type"])):
         if training["time_step_masking"]:
@@ -395,12 +395,15 @@ def report(folder, model, full=False, precision=None, prompt="", say=print):
     rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
     result = evaluate(model, rows, training["seed"], training["compute_type"])
     train_tokens = load_tokens(data, "train", config.vocab_size)
-    unigram = unigram_entropy(train_tokens, rows[:, 1:], config.vocab_size)
     bytes_per_token, words_per_token = units_of(rows, encoding)
+    best = result["left_to_right"] and min(result["left_to_right"])
     stages = read_metrics(folder, "stage")
     result |= {
-        "unigram": unigram,
-        "bits_per_byte": result["nelbo"] / math.log(2) / bytes_per_token,
+        "unigram": unigram_entropy(train_tokens, rows[:, 1:], config.vocab_size),
+        "bits_per_byte": {
+            "nelbo": result["nelbo"] / math.log(2) / bytes_per_token,
+            "left_to_right": best and best / math.log(2) / bytes_per_token,
+        },
         "perplexity": math.exp(result["nelbo"]),
         "perplexity_per_word": math.exp(min(result["nelbo"] / words_per_token, 700)),
         "precision": precision or training["quantization_type"],
@@ -409,6 +412,9 @@ def report(folder, model, full=False, precision=None, prompt="", say=print):
         "train_tokens": sum(stage["tokens"] for stage in stages),
         "config": {"model": asdict(config), "training": training, "data": asdict(data)},
     }
+    if model.blocks < config.total_blocks:
+        say(f"\nnote: training has not ended; only exits 0 to {model.blocks - 1} exist, and the "
+            f"heavier mask fractions are read at the last of them")
     print_report(folder, result, say)
     say(f'\nsample{" of " + repr(prompt) if prompt else ""}:')
     say(sample_text(model, encoding, training, prompt, seed=training["seed"]).strip())
@@ -423,41 +429,87 @@ def print_report(folder, result, say=print):
     say(f'\n{name}, weights in {result["precision"]}, {result["rows"]} validation rows')
     say("\nmask fraction  block  layers  cross-entropy  accuracy")
     for step in result["time_steps"]:
-        say(
-            f'{step["mask_fraction"]:13.2f}  {step["block"]:5d}  {step["layers"]:6d}  '
-            f'{step["cross_entropy"]:13.3f}  {step["accuracy"]:7.1%}'
-        )
-    lines = [
-        ("bound over the time steps (NELBO_12)", result["nelbo_12"], ""),
-        ("continuous bound (NELBO)", result["nelbo"], f' +- {result["nelbo_stderr"]:.3f}'),
-    ]
+        say(f'{step["mask_fraction"]:13.2f}  {step["block"]:5d}  {step["layers"]:6d}  '
+            f'{step["cross_entropy"]:13.3f}  {step["accuracy"]:8.1%}')
+    lines = [("bound over the time steps (NELBO_12)", result["nelbo_12"])]
+    lines.append((f'continuous bound (NELBO), +- {result["nelbo_stderr"]:.4f}', result["nelbo"]))
     for block, ce in enumerate(result["left_to_right"] or []):
-        lines.append((f"left to right, exit {block}", ce, ""))
-    lines.append(("a model that ignores context (unigram)", result["unigram"], ""))
-    say(f'\n{"":40s} nats/token  perplexity')
-    for label, nats, extra in lines:
-        say(f"{label:40s} {nats:10.3f}  {math.exp(nats):10.1f}{extra}")
+        lines.append((f"left to right, exit {block}", ce))
+    lines.append(("what ignoring the context gets (unigram)", result["unigram"]))
+    say(f'\n{"":40s}  nats/token  perplexity')
+    for label, nats in lines:
+        say(f"{label:40s}  {nats:10.3f}  {math.exp(nats):10.1f}")
     if result["left_to_right"] is None:
-        say("left to right: not defined for a bidirectional model")
+        say("left to right is not defined for a bidirectional model")
     if not training["time_step_masking"]:
-        say("trained without masks: [MASK] is unknown to it, so only left to right is its ground")
-    say(f'continuous bound in bits per byte {result["bits_per_byte"]:.3f}, '
-        f'perplexity per word {result["perplexity_per_word"]:.3g}')  # fmt: skip
-    weights = result["memory"]["weights"]
-    parts = ", ".join(
-        f"{kind} {weights[kind] / MIB:.1f}"
-        for kind in ("frozen", "trainable", "adapters", "embeddings")
-        if weights[kind]
-    )
-    say(f'weights {weights["total"] / MIB:.1f} MiB: {parts}')
-    if result["memory"]["stages"]:
-        say("\nstage  block   steps  seconds  tokens/s  held MiB  peak MiB  standard would hold MiB")
-    for s in result["memory"]["stages"]:
-        say(
-            f'{s["stage"] + 1:5d}  {s["block"]:5d}  {s["step"]:6d}  {s["seconds"]:7.0f}  '
-            f'{s["tokens"] / s["seconds"]:8,.0f}  {s["held"]["total"] / MIB:8.1f}  '
-            f'{s["peak_mib"]:8.0f}  {s["standard_bytes"] / MIB:23.1f}'
-        )
+        say("trained without masks: [MASK] is new to it, so only left to right is its own ground")
+    bits = result["bits_per_byte"]
+    say(f'bits per byte: {bits["nelbo"]:.3f} by the continuous bound'
+        + (f', {bits["left_to_right"]:.3f} left to right' if bits["left_to_right"] else ""))
+    held = result["memory"]["weights"]
+    parts = ", ".join(f"{kind} {held[kind] / MIB:.1f}" for kind in held
+                      if held[kind] and kind != "total")
+    say(f'weights {held["total"] / MIB:.1f} MiB: {parts}')
+    stages = result["memory"]["stages"]
+    if not stages:
+        return
+    say("\nheld in training (MiB): weights, gradients, optimizer; in brackets: mode standard")
+    say("stage  block  steps  seconds  tokens/s  weights  gradients  optimizer  all         peak")
+    for s in stages:
+        mib = {kind: value / MIB for kind, value in s["held"].items()}
+        weights = mib["total"] - mib["gradients"] - mib["optimizer"]
+        say(f'{s["stage"] + 1:5d}  {s["block"]:5d}  {s["step"]:5d}  {s["seconds"]:7.0f}  '
+            f'{s["tokens"] / s["seconds"]:8,.0f}  {weights:7.1f}  {mib["gradients"]:9.1f}  '
+            f'{mib["optimizer"]:9.1f}  {mib["total"]:5.0f} ({s["standard_bytes"] / MIB:.0f})'
+            f'  {s["peak_mib"]:6.0f}')
+    say(f'whole run: at most {max(s["held"]["total"] for s in stages) / MIB:.0f} MiB held, peak '
+        f'{max(s["peak_mib"] for s in stages):.0f} MiB')
+
+
+def precision_table(folder, device, full=False):
+    """A run in every storage: {kind: figures}, printed as a table. fp32 is the reference."""
+    config, training, data = read_config(folder)
+    tokens = load_tokens(data, "val", config.vocab_size)
+    rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
+    table = {}
+    print(f"{Path(folder).name}, {len(rows)} validation rows\n")
+    print("storage  layers MiB  bits/weight  all MiB  NELBO_12  perplexity   to fp32  left to right")
+    for kind in quant.KINDS:
+        model = load_run(folder, kind, device).eval()
+        linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
+        stored = sum(linear.nbytes for linear in linears)
+        count = sum(linear.in_features * linear.out_features for linear in linears)
+        with autocast(device, compute_type(device, training["compute_type"])):
+            bound, _ = nelbo_12(model, rows, training["seed"])
+            exits = left_to_right(model, rows)
+        table[kind] = {"linear_bytes": stored, "bits_per_weight": 8 * stored / count,
+                       "bytes": memory(model)["total"], "nelbo_12": bound,
+                       "left_to_right": exits}
+        print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
+              f'{table[kind]["bytes"] / MIB:7.1f}  {bound:8.4f}  {math.exp(bound):10.1f}  '
+              f'{bound - table["fp32"]["nelbo_12"]:+8.4f}  '
+              + " ".join(f"{ce:.4f}" for ce in exits or []), flush=True)
+    return table
+
+
+def compare(folders):
+    """Print evaluated runs side by side. UserError for one without eval.json."""
+    print("run               mode                  tokens  seconds  peak MiB  NELBO_12   NELBO  "
+          "left to right  bits/byte")
+    for folder in folders:
+        _, training, _ = read_config(folder)
+        path = Path(folder) / "eval.json"
+        if not path.exists():
+            raise UserError(f"{path} is missing; python evaluate_gpt2.py --run {path.parent.name}")
+        result = json.loads(path.read_text())
+        mode = training["mode"] if training["time_step_masking"] else "next-token"
+        mode = f'fused, {training["fusion_mode"]}' if mode == "fused" else mode
+        peak = max((stage["peak_mib"] for stage in result["memory"]["stages"]), default=math.nan)
+        bits = [value for value in result["bits_per_byte"].values() if value]
+        best = min(result["left_to_right"]) if result["left_to_right"] else math.nan
+        print(f'{path.parent.name:16s}  {mode:16s}  {result["train_tokens"]:10,}  '
+              f'{result["train_seconds"]:7.0f}  {peak:8.0f}  {result["nelbo_12"]:8.3f}  '
+              f'{result["nelbo"]:6.3f}  {best:13.3f}  {min(bits):9.3f}')
 
 
 def pick_device(name):
@@ -474,16 +526,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
     parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run")
     parser.add_argument("--folder", default="checkpoints", help="where the runs are")
-    parser.add_argument("--precision", choices=quant.KINDS, help="rebuild the run in this storage")
+    parser.add_argument("--precision", choices=[*quant.KINDS, "all"],
+                        help="rebuild the run in this storage; all: a table of every one")
+    parser.add_argument("--compare", nargs="+", metavar="RUN_ID", help="runs side by side")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="begin the sample with TEXT")
     parser.add_argument("--full", action="store_true", help="score every validation row")
     parser.add_argument("--json", metavar="PATH", help="where to write the figures")
     args = parser.parse_args(argv)
+    if args.compare:
+        compare([Path(args.folder) / run for run in args.compare])
+        return 0
     folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
     _, training, _ = read_config(folder)
-    model = load_run(folder, args.precision, pick_device(training["device"]))
-    result = report(folder, model, args.full, args.precision, args.prompt)
-    name = "eval.json" if args.precision is None else f"eval_{args.precision}.json"
+    device = pick_device(training["device"])
+    if args.precision == "all":
+        result = precision_table(folder, device, args.full)
+    else:
+        model = load_run(folder, args.precision, device)
+        result = report(folder, model, args.full, args.precision, args.prompt)
+    name = f"eval_{args.precision}.json" if args.precision else "eval.json"
     path = Path(args.json or folder / name)
     write_atomically(path, json.dumps(result, indent=1).encode())
     print(f"\nwritten to {path}")

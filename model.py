@@ -7,6 +7,7 @@ Read from top to bottom:
 3. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
 4. `token_weights`, `chunked_cross_entropy`, `diffusion_loss`   the objective
 5. `sample_tokens`, `reverse_step`      the reverse process p(x_s | x_t)
+6. `read_pretrained`, `read_safetensors`, `fetch_gpt2`   GPT-2 weights in and out
 
 Letters in the shape comments: B rows, T positions (seq_len at most), d = d_model, V = rows of the
 embedding (vocab_size + 1 rounded up to a multiple of 64), N = any number of scored positions.
@@ -16,8 +17,14 @@ arXiv 2406.04329); keeping GPT-2's shift follows Gong et al. 2024 (DiffuGPT, arX
 """
 
 import contextlib
+import http.client
+import itertools
+import json
 import math
+import os
+import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -294,6 +301,70 @@ class GPT(nn.Module):
         """Logits (B, T, V) of token ids (B, T), read at exit `block` (None: the last)."""
         return self.head(self.hidden(idx, block))
 
+    @classmethod
+    def from_pretrained(cls, path, config=None, cache="data/raw"):
+        """A GPT with the weights of `path`; arguments, result and errors as in `read_pretrained`.
+
+        config None: one block that owns every layer and every mask fraction.
+        """
+        config, tensors = read_pretrained(path, config, cache)
+        model = cls(config)
+        for block in range(config.total_blocks):
+            model.fill_from(tensors, block)
+        return model
+
+    @torch.no_grad()
+    def fill_from(self, tensors, block):
+        """Start a block that has just been built from the tensors of `read_pretrained`.
+
+        Its exit norm starts as GPT-2's final norm; at block 0 the embeddings are filled too. The
+        rows that GPT-2 does not have, [MASK] and padding, start as the mean of the text's rows.
+        """
+        n_text = self.config.vocab_size
+        for name, parameter in self.block_parameters(block).items():
+            if name == "wte.weight":
+                parameter[:n_text] = tensors[name]
+                parameter[n_text:] = parameter[:n_text].mean(0)
+            else:
+                parameter.copy_(tensors[name.replace(f"exit_norms.{block}.", "ln_f.")])
+
+    def save_pretrained(self, path, exit=None, dtype=torch.float32):
+        """Write exit `exit` (None: the last built) as a GPT-2 in Hugging Face's layout.
+
+        Makes path/config.json and path/model.safetensors: the layers up to the exit, quantized ones
+        dequantized, its norm as ln_f, and the text's rows of the embedding. The layout has no place
+        for earlier exits, [MASK] or bidirectional attention. dtype: fp32, fp16 or bf16.
+
+        Raises ValueError for adapters that are not merged, attention that is not causal, and
+        weights that are not finite in `dtype`.
+        """
+        config, exit = self.config, self.blocks - 1 if exit is None else exit
+        if not 0 <= exit < self.blocks:
+            raise ValueError(f"exit {exit} does not exist; {self.blocks} blocks are built")
+        if any(hasattr(module, "active_exit") for module in self.modules()):
+            raise ValueError("merge the adapters first: lora.merge(model, exit).save_pretrained()")
+        if config.attention_mode != "causal":
+            raise ValueError(f"this layout is for causal attention, not {config.attention_mode}")
+        n_layers, tensors = (exit + 1) * config.block_size, {}
+        for name, shape in pretrained_shapes(config, n_layers).items():
+            where, _, part = name.rpartition(".")
+            module = self.exit_norms[exit] if where == "ln_f" else self.get_submodule(where)
+            quantized = part == "weight" and hasattr(module, "dequantize")
+            tensor = module.dequantize() if quantized else getattr(module, part).detach()
+            tensor = (tensor.t() if name.startswith("h.") else tensor[: shape[0]]).to(dtype)
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has values that are not finite in {dtype}")
+            tensors["transformer." + name] = tensor
+        sizes = {theirs: getattr(config, ours) for theirs, ours in PRETRAINED_SIZES.items()}
+        description = PRETRAINED_FIXED | sizes | {"n_layer": n_layers}
+        description["architectures"] = ["GPT2LMHeadModel"]
+        description |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+        description |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / "model.safetensors", tensors)
+        _write_aside(folder / "config.json", [json.dumps(description, indent=2).encode()])
+
 
 def compute_type(device, name="auto"):
     """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
@@ -525,3 +596,216 @@ def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, genera
         hidden = model.hidden(x_t, block)[:, :-1][reveal[:, 1:]]  # (N, d): the shift
         x_s[reveal] = sample_tokens(model.head(hidden), temperature, top_p, generator)
     return x_s
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. GPT-2 weights in and out
+
+# Keys of Hugging Face's config.json: the sizes, by our names, and what this network does one way.
+PRETRAINED_SIZES = {
+    "vocab_size": "vocab_size", "n_embd": "d_model", "n_layer": "n_layers", "n_head": "n_heads",
+    "n_positions": "seq_len",
+}  # fmt: skip
+PRETRAINED_FIXED = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/main/"
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_pretrained(path, config=None, cache="data/raw"):
+    """Weights in Hugging Face's GPT-2 layout, mapped from their file. -> (ModelConfig, tensors)
+
+    Args:
+        path: a folder with config.json and model.safetensors or pytorch_model.bin; or one of these
+            two files, config.json beside it; or `gpt2`, which `fetch_gpt2` downloads into `cache`.
+        config: the ModelConfig to fill. Its sizes must be the file's; a position table longer than
+            its seq_len is cropped. None: one block that owns every layer and the band (0, 1].
+
+    Returns:
+        the config, and {name: tensor} for `GPT.fill_from`: our names and shapes, so linears are
+        (out, in), with `ln_f.` for the final norm; in the type in which they are stored.
+
+    Raises OSError (no such file, no network) or ValueError, in one line that names the file.
+    """
+    path = Path(fetch_gpt2(cache) if str(path) == "gpt2" and not Path("gpt2").exists() else path)
+    files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin here; set "
+                                "model.init_from to a folder that has one, to gpt2 or to scratch")
+    found = _read_description(file.with_name("config.json"), config)
+    stored = read_torch(file) if file.suffix == ".bin" else read_safetensors(file)
+    tensors = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in stored.items()
+        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask, as a buffer
+    }
+    head = tensors.pop("lm_head.weight", None)  # in some files, though it is the embedding
+    shapes = pretrained_shapes(found, found.n_layers)
+    wrong = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
+    wrong += [f"{name} is unknown" for name in tensors.keys() - shapes.keys()]
+    for name in shapes.keys() & tensors.keys():
+        dtype, shape = tensors[name].dtype, tuple(tensors[name].shape)
+        if shape != shapes[name] or not dtype.is_floating_point:
+            wrong.append(f"{name} is {dtype} {shape}, not float {shapes[name]}")
+    if not wrong and head is not None and not torch.equal(head, tensors["wte.weight"]):
+        wrong = ["lm_head.weight is not wte.weight (only a tied head is supported)"]
+    if wrong:
+        raise ValueError(f"{file}: {'; '.join(sorted(wrong))}")
+    config = config or found
+    tensors["wpe.weight"] = tensors["wpe.weight"][: config.seq_len]
+    return config, {n: t.t() if n.startswith("h.") else t for n, t in tensors.items()}
+
+
+def pretrained_shapes(config, n_layers):
+    """{name: shape} of a file in Hugging Face's layout, where linears are stored as (in, out)."""
+    with torch.device("meta"):
+        layer = {name: tuple(p.shape)[::-1] for name, p in Layer(config).named_parameters()}
+    d = config.d_model
+    shapes = {"wte.weight": (config.vocab_size, d), "wpe.weight": (config.seq_len, d)}
+    shapes |= {f"h.{i}.{name}": shape for i in range(n_layers) for name, shape in layer.items()}
+    return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+
+
+def _read_description(path, config=None):
+    """The one-block ModelConfig of a config.json. ValueError unless it agrees with `config`."""
+    try:
+        description = json.loads(path.read_bytes())
+        for key, value in PRETRAINED_FIXED.items():
+            if description.get(key, value) != value:
+                raise ValueError(f"{key} {description[key]!r} is not supported, only {value!r}")
+        sizes = {ours: description.get(theirs) for theirs, ours in PRETRAINED_SIZES.items()}
+        if not all(type(size) is int for size in sizes.values()):
+            raise ValueError(f"{', '.join(PRETRAINED_SIZES)} must all be there, as whole numbers")
+        found = ModelConfig(**sizes, total_blocks=1, block_size=sizes["n_layers"],
+                            block_mask_ranges=((0.0, 1.0),), init_from=str(path.parent))
+    except (AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not the config.json of a GPT-2: {error}") from None
+    differ = [
+        f"model.{ours}={size} (not {getattr(config, ours)})"
+        for ours, size in sizes.items()
+        if config and size != getattr(config, ours)
+        and not (ours == "seq_len" and size > config.seq_len)  # a longer table is cropped
+    ]  # fmt: skip
+    if differ:
+        raise ValueError(f"{path}: to start from these weights, set {', '.join(differ)}")
+    return found
+
+
+def read_torch(path):
+    """{name: tensor} of a pytorch_model.bin, on the CPU, mapped where it is a zip archive.
+
+    Nothing in it is executed. ValueError for anything but tensors by name.
+    """
+    try:
+        with open(path, "rb") as file:
+            mapped = file.read(2) == b"PK"  # older files are plain pickles
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or getattr(tensor, "layout", None) != torch.strided:
+                raise ValueError(f"{name!r} is not the name of a dense tensor")
+    except Exception as error:  # torch raises many kinds; all mean that this is no such file
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(f"{path}: refused, not plain tensors ({reason})") from None
+    return dict(tensors)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file. The tensors are views of the mapped file, not copies.
+
+    The file is 8 bytes of length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, and
+    the data. Every number is checked before it is used; ValueError says what is wrong.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100 << 20):
+            raise ValueError(f"{path}: truncated, or not safetensors (a header of {length} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{path}: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length :]
+    entries = []  # (start, end, name, dtype, shape)
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+                dtype = SAFETENSORS_TYPES.get(kind)
+            case _:
+                dtype = None
+        if dtype is None or len(shape) > 8:
+            raise ValueError(f"{path}: {name[:80]} has an entry without a known dtype and shape")
+        if not all(type(n) is int and 0 <= n <= size for n in shape):
+            raise ValueError(f"{path}: {name[:80]} has an impossible shape")
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: {name[:80]} has a shape and offsets that do not agree")
+        entries.append((start, end, name, dtype, shape))
+    edge, tensors = 0, {}
+    for start, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+        if start != edge or end > len(data):
+            raise ValueError(f"{path}: {name[:80]} overlaps, leaves a hole or ends beyond the file")
+        part, edge = data[start:end], end
+        if part.storage_offset() % dtype.itemsize:  # torch cannot view what is not aligned
+            part = part.clone()
+        tensors[name] = part.view(dtype).view(shape)
+    if edge != len(data):
+        raise ValueError(f"{path}: {len(data) - edge} bytes of data belong to no tensor")
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor}; the file gets its name when it is complete."""
+    kinds = {dtype: kind for kind, dtype in SAFETENSORS_TYPES.items()}
+    header, edge = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        offsets = [edge, edge := edge + tensor.nbytes]
+        header[name] = {
+            "dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    data = (t.cpu().flatten().view(torch.uint8).numpy() for t in tensors.values())
+    _write_aside(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
+
+
+def _write_aside(path, pieces):
+    """Write a file under a temporary name, sync it, and only then give it its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch_gpt2(cache):
+    """Download the 124M weights into cache/gpt2, unless they are there. -> the folder
+
+    A file gets its name when it is complete and readable. OSError where there is no network.
+    """
+    folder = Path(cache) / "gpt2"
+    folder.mkdir(parents=True, exist_ok=True)
+    checks = {"config.json": _read_description, "model.safetensors": read_safetensors}
+    for name, check in checks.items():
+        partial = folder / f"{name}.part"
+        try:
+            if not (folder / name).exists():
+                urllib.request.urlretrieve(GPT2_URL + name, partial)
+                check(partial)
+                os.replace(partial, folder / name)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise OSError(f"cannot download GPT-2's {name} ({error}); put it into {folder} "
+                          "yourself, or set model.init_from to a folder that has it") from None
+    return folder

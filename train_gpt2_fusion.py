@@ -17,7 +17,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -29,40 +28,18 @@ import torch
 
 import lora
 import quant
-from data_loader import (
-    DataConfig,
-    UserError,
-    load_config,
-    load_tokens,
-    n_rows,
-    one_line_errors,
-    training_rows,
-    validation_rows,
-    write_atomically,
-)
-from evaluate_gpt2 import (
-    MIB,
-    load_run,
-    memory,
-    pick_device,
-    read_config,
-    report,
-    row_noise,
-    score,
-)
-from model import (
-    GPT,
-    ModelConfig,
-    autocast,
-    compute_type,
-    corrupt,
-    diffusion_loss,
-    stratified,
-    time_steps_of,
-)
+from data_loader import (DataConfig, UserError, load_config, load_tokens, n_rows, one_line_errors,
+                         training_rows, validation_rows, write_atomically)
+from evaluate_gpt2 import (load_run, memory, memory_mib, pick_device, read_config, report,
+                           row_noise, score)
+from model import (GPT, ModelConfig, autocast, compute_type, corrupt, diffusion_loss,
+                   read_pretrained, stratified, time_steps_of)
 
 # ---------------------------------------------------------------------------------------------
 # 1. Configuration
+
+
+COMPUTE_TYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -104,53 +81,37 @@ class TrainingConfig:
     device: str = "auto"
 
     def __post_init__(self):
-        for key, allowed in {
-            "mode": ("fused", "standard"),
-            "fusion_mode": ("frozen", "trainable"),
-            "quantization_type": quant.KINDS,
-            "compute_type": ("auto", "fp32", "bf16", "fp16"),
-        }.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"{key} must be {' or '.join(allowed)}, not {getattr(self, key)!r}"
-                )
-        for key in ("batch_size", "gradient_accumulation", "max_steps", "qlora_rank",
-                    "log_interval", "eval_interval", "eval_rows", "checkpoint_interval"):  # fmt: skip
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        for key in ("lr", "qlora_lr", "qlora_alpha", "grad_clip"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"{key} must be above 0, not {getattr(self, key)}")
-        for key in ("weight_decay", "warmup_steps", "seed", "qlora_dropout"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, not {getattr(self, key)}")
-        for key in ("beta2", "lr_min_share", "qlora_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be in [0, 1), not {getattr(self, key)}")
+        def check(keys, holds, rule):
+            for key in keys.split():
+                if not holds(getattr(self, key)):
+                    raise ValueError(f"{key} must be {rule}, not {getattr(self, key)!r}")
+
+        check("mode", ("fused", "standard").__contains__, "fused or standard")
+        check("fusion_mode", ("frozen", "trainable").__contains__, "frozen or trainable")
+        check("quantization_type", quant.KINDS.__contains__, " or ".join(quant.KINDS))
+        check("compute_type", COMPUTE_TYPES.__contains__, " or ".join(COMPUTE_TYPES))
+        check("batch_size gradient_accumulation max_steps qlora_rank log_interval eval_interval "
+              "eval_rows checkpoint_interval", lambda value: value >= 1, "at least 1")
+        check("lr qlora_lr qlora_alpha grad_clip", lambda value: value > 0, "above 0")
+        check("weight_decay warmup_steps seed", lambda value: value >= 0, "at least 0")
+        check("beta2 lr_min_share qlora_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
+        check("block_steps", lambda value: min(value, default=0) > 0, "above 0")
+        check("run_id", lambda value: value and "/" not in value and value[0] != ".",
+              "a plain folder name")
         if self.mode == "fused" and len(self.block_steps) != self.total_blocks:
-            raise ValueError(
-                f"block_steps needs one share per block: {self.total_blocks} blocks, "
-                f"{len(self.block_steps)} shares"
-            )
-        if any(share <= 0 for share in self.block_steps):
-            raise ValueError(f"block_steps must be above 0, not {list(self.block_steps)}")
-        if not self.run_id or "/" in self.run_id or self.run_id.startswith("."):
-            raise ValueError(f"run_id must be a plain folder name, not {self.run_id!r}")
+            raise ValueError(f"block_steps needs one share per block: {self.total_blocks} blocks, "
+                             f"{len(self.block_steps)} shares")
 
 
 # Keys that --resume may change: they alter what is reported or how it is computed, not the run.
 MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
-              "gradient_checkpointing", "folder", "run_id"}  # fmt: skip
+              "gradient_checkpointing", "folder", "run_id"}
 
 
 def standard_config(model_config):
     """mode: standard is one block that owns all layers and the whole band (0, 1]."""
-    return dataclasses.replace(
-        model_config,
-        total_blocks=1,
-        block_size=model_config.n_layers,
-        block_mask_ranges=((0.0, 1.0),),
-    )
+    return dataclasses.replace(model_config, total_blocks=1, block_size=model_config.n_layers,
+                               block_mask_ranges=((0.0, 1.0),))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,8 +200,11 @@ def standard_bytes(config):
 # 3. Beginning and ending a stage
 
 
-def begin_stage(model, stage, training):
-    """Build what the stage needs (if it is not there yet) and say what is trained.
+def begin_stage(model, stage, training, pretrained=None):
+    """Build what the stage needs (if it is not there yet) and mark what it trains.
+
+    Args:
+        pretrained: tensors of `model.read_pretrained` that new blocks start from, or None.
 
     Returns:
         the AdamW optimizer over the stage's trainable parameters.
@@ -249,15 +213,11 @@ def begin_stage(model, stage, training):
         # Each block's initial weights depend on (seed, block) alone, not on what ran before.
         torch.manual_seed(1000 * training.seed + model.blocks)
         model.grow()
+        if pretrained:
+            model.fill_from(pretrained, model.blocks - 1)
     if stage.adapters and not lora.adapter_state(model, stage.block):
-        lora.add_adapters(
-            model,
-            stage.block,
-            training.qlora_rank,
-            training.qlora_alpha,
-            training.qlora_dropout,
-            seed=1000 * training.seed + stage.block,
-        )
+        lora.add_adapters(model, stage.block, training.qlora_rank, training.qlora_alpha,
+                          training.qlora_dropout, training.seed)
     model.requires_grad_(False)
     parts = [model.exit_norms[stage.block], *(model.h[i] for i in stage.layers)]
     parts += [model.wte, model.wpe] if stage.embeddings else []
@@ -276,9 +236,8 @@ def begin_stage(model, stage, training):
     for group in groups:
         group["peak_lr"] = group["lr"]
     model.gradient_checkpointing = training.gradient_checkpointing
-    return torch.optim.AdamW(
-        groups, betas=(0.9, training.beta2), weight_decay=training.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(groups, betas=(0.9, training.beta2),
+                             weight_decay=training.weight_decay, fused=True)
 
 
 def train_mode(model, stage):
@@ -317,29 +276,6 @@ def end_stage(model, stage, stages, training, folder):
 # 4. What is measured while training
 
 
-def memory_mib(device, reset=False):
-    """Memory in use now and its peak since the last reset: (MiB, MiB).
-
-    CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
-    resets on request. macOS: resident memory as `ps` tells it; the peak is the largest one read.
-    """
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-        return now / MIB, peak / MIB
-    status = Path("/proc/self/status")
-    if status.exists():
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return tuple(int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
-    now = int(ps.stdout) / 1024
-    memory_mib.peak = now if reset else max(now, memory_mib.peak)
-    return now, memory_mib.peak
-
-
 def clock(seconds):
     """Seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -376,9 +312,7 @@ def batch_of(tokens, model_config, training, stage, step):
         x_0, x_t, mask, each (B, T), and mask_fraction (B,).
     """
     rows = training.batch_size * training.gradient_accumulation
-    x_0 = training_rows(
-        tokens, model_config.seq_len, rows, training.seed, stage.index, step
-    )  # (B, T)
+    x_0 = training_rows(tokens, model_config.seq_len, rows, training.seed, stage.index, step)
     rng = np.random.default_rng([training.seed, stage.index, step])
     mask_fraction = stratified(stage.time_steps, rows, int(rng.integers(len(stage.time_steps))))
     uniform = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
@@ -390,10 +324,8 @@ def validate(model, rows, stage, training):
     """Mean CE over the stage's time steps and the accuracy, on fixed validation rows."""
     model.eval()
     noise = row_noise(len(rows), rows.size(1), training.seed, tag=0)
-    scores = [
-        score(model, rows, torch.full((len(rows),), m), stage.block, noise)
-        for m in stage.time_steps
-    ]
+    scores = [score(model, rows, torch.full((len(rows),), m), stage.block, noise)
+              for m in stage.time_steps]
     train_mode(model, stage)
     return tuple(torch.stack([s[i].mean() for s in scores]).mean().item() for i in (0, 1))
 
@@ -405,17 +337,15 @@ def train_step(model, optimizer, scaler, batch, stage, training, dtype):
         each row's CE estimate (B,) and the gradient norm before clipping, both still on the device.
     """
     device = model.wte.weight.device
-    x_0, x_t, mask, mask_fraction = (
-        t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-        for t in batch
-    )
+    if device.type == "cuda":
+        batch = [t.pin_memory() for t in batch]
+    x_0, x_t, mask, mask_fraction = (t.to(device, non_blocking=True) for t in batch)
     by_row = []
     for i in range(0, len(x_0), training.batch_size):
         part = slice(i, i + training.batch_size)
         with autocast(device, dtype):
-            loss, ce, _ = diffusion_loss(
-                model, x_0[part], x_t[part], mask[part], mask_fraction[part], stage.block, len(x_0)
-            )
+            loss, ce, _ = diffusion_loss(model, x_0[part], x_t[part], mask[part],
+                                         mask_fraction[part], stage.block, rows=len(x_0))
         scaler.scale(loss).backward()
         by_row.append(ce)
     scaler.unscale_(optimizer)
@@ -432,7 +362,8 @@ def train_stage(run, model, optimizer, stage, step):
     training, device = run.training, model.wte.weight.device
     dtype = compute_type(device, training.compute_type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.load_state_dict(run.scaler)
+    if run.scaler:
+        scaler.load_state_dict(run.scaler)
     pending, seconds = [], 0.0  # steps and time since the last log line
     while step < stage.steps:
         started = time.perf_counter()
@@ -500,6 +431,7 @@ class Run:
         self.backed_up = 0
         self.scaler = {}
         self.metrics = None
+        self.pretrained = None
 
     def record(self, event, **values):
         """Append a line to metrics.jsonl."""
@@ -513,39 +445,24 @@ class Run:
         self.seconds += seconds
         if not math.isfinite(record["loss"]):
             bad = [m for m, ce in record["loss_by_time_step"].items() if not math.isfinite(ce)]
-            raise UserError(
-                f"the loss is {record['loss']} in stage {stage.index + 1} before step {step}, "
-                f"time step {bad[0]}; lower training.lr and start a new run"
-            )
+            raise UserError(f"the loss is {record['loss']} in stage {stage.index + 1} before step "
+                            f"{step}, time step {bad[0]}; lower training.lr and start a new run")
         self.record("step", stage=stage.index, block=stage.block, step=step, **record,
-                    tokens_per_second=speed)  # fmt: skip
-        left = sum(
-            (s.steps - (step if s is stage else 0)) * matmul_flops(s, self.model_config)
-            for s in self.stages[stage.index :]
-        )
+                    tokens_per_second=speed)
+        left = sum((s.steps - (step if s is stage else 0)) * matmul_flops(s, self.model_config)
+                   for s in self.stages[stage.index:])
         eta = left * tokens_per_step(self) / (speed * matmul_flops(stage, self.model_config))
-        say(
-            f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
+        say(f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.1e}  grad {record['grad_norm']:5.2f}  {speed:7,.0f} tokens/s  "
-            f"{record['memory_mib']:6,.0f} MiB  eta {clock(eta)}"
-        )
+            f"{record['memory_mib']:6,.0f} MiB  eta {clock(eta)}")
 
     def log_validation(self, stage, step, cross_entropy, accuracy):
         """Print and record the validation figures of the exit in training."""
         perplexity = math.exp(min(cross_entropy, 700))
-        self.record(
-            "validation",
-            stage=stage.index,
-            block=stage.block,
-            step=step,
-            cross_entropy=cross_entropy,
-            perplexity=perplexity,
-            accuracy=accuracy,
-        )
-        say(
-            f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  validation "
-            f"{cross_entropy:.4f} nats, perplexity {perplexity:.1f}, accuracy {accuracy:.1%}"
-        )
+        self.record("validation", stage=stage.index, block=stage.block, step=step,
+                    cross_entropy=cross_entropy, perplexity=perplexity, accuracy=accuracy)
+        say(f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  validation "
+            f"{cross_entropy:.4f} nats, perplexity {perplexity:.1f}, accuracy {accuracy:.1%}")
 
     def save(self, model, optimizer, stage, step):
         """Write checkpoint.pt: all that --resume needs beside the backups.
@@ -591,30 +508,22 @@ def run_stages(run, model, state, device):
     first, step = (state["stage"], state["step"]) if state else (0, 0)
     for stage in stages[first:]:
         memory_mib(device, reset=True)
-        optimizer = begin_stage(model, stage, training)
+        optimizer = begin_stage(model, stage, training, run.pretrained)
         if step:
-            optimizer.load_state_dict(state["optimizer"])
-            state = None
+            optimizer.load_state_dict(state.pop("optimizer"))
         if not train_stage(run, model, optimizer, stage, step):
             return False
         step = 0
         run.peak_mib = max(run.peak_mib, memory_mib(device)[1])
-        run.record(
-            "stage",
-            stage=stage.index,
-            block=stage.block,
-            step=stage.steps,
-            seconds=run.seconds,
-            tokens=stage.steps * tokens_per_step(run),
-            held=memory(model, optimizer),
-            standard_bytes=standard_bytes(run.model_config),
-            peak_mib=run.peak_mib,
-        )
+        run.record("stage", stage=stage.index, block=stage.block, step=stage.steps,
+                   seconds=run.seconds, tokens=stage.steps * tokens_per_step(run),
+                   held=memory(model, optimizer), peak_mib=run.peak_mib,
+                   standard_bytes=standard_bytes(run.model_config))
         del optimizer  # its state is as large as two copies of what was trained
         run.backed_up = max(run.backed_up, end_stage(model, stage, stages, training, run.folder))
         if run.backed_up:
             say(f"block {stage.block} is backed up in {run.folder / 'backup'}, verified, and now "
-                f"stored in {training.quantization_type}\n")  # fmt: skip
+                f"stored in {training.quantization_type}\n")
         run.seconds, run.peak_mib, run.scaler = 0.0, 0.0, {}
         following = stages[stage.index + 1] if stage.index + 1 < len(stages) else None
         run.save(model, None, following, 0)
@@ -643,10 +552,9 @@ def open_folder(training, resume, overwrite):
         raise UserError(f"run {training.run_id} is being trained by another process") from None
     if (folder / "config.json").exists() and not resume:
         if not overwrite:
-            raise UserError(
-                f"run {training.run_id} exists; continue it with --resume, train it anew with "
-                f"--overwrite (the old run is moved aside), or choose training.run_id=NAME"
-            )
+            raise UserError(f"run {training.run_id} exists; continue it with --resume, train it "
+                            f"anew with --overwrite (the old run is moved aside), or choose "
+                            f"training.run_id=NAME")
         number = 1
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
@@ -662,7 +570,7 @@ def check_same_config(folder, model_config, training, data):
     old_model, old_training, old_data = read_config(folder)
     pairs = [("model", asdict(old_model), asdict(model_config)),
              ("training", old_training, asdict(training)),
-             ("data", asdict(old_data), asdict(data))]  # fmt: skip
+             ("data", asdict(old_data), asdict(data))]
     for section, old, new in pairs:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) == new.get(key) or key == "folder" and section == "data":
@@ -681,14 +589,12 @@ def print_plan(run, device):
     per_step = tokens_per_step(run)
     passes = training.max_steps * per_step / c.seq_len / n_rows(run.tokens, c.seq_len)
     kind = f" ({training.fusion_mode})" if training.mode == "fused" else " (end to end)"
-    say(
-        f"run {training.run_id}: GPT-2 with {c.n_layers} layers, {c.d_model} wide, {c.n_heads} "
-        f"heads, context {c.seq_len}, {c.attention_mode}, vocabulary {c.vocab_size}\n"
-        f"mode {training.mode}{kind}, {training.max_steps} steps of {per_step} tokens, "
-        f"{passes:.1f} passes over {len(run.tokens):,} training tokens\n"
-        f"device {device}, matrix products in {str(dtype).removeprefix('torch.')}, finished "
-        f"blocks stored in {training.quantization_type}"
-    )
+    say(f"run {training.run_id}: GPT-2 with {c.n_layers} layers, {c.d_model} wide, {c.n_heads} "
+        f"heads, context {c.seq_len}, {c.attention_mode}, vocabulary {c.vocab_size}")
+    say(f"mode {training.mode}{kind}, {training.max_steps} steps of {per_step} tokens, "
+        f"{passes:.1f} passes over {len(run.tokens):,} training tokens")
+    say(f"device {device}, matrix products in {str(dtype).removeprefix('torch.')}, finished "
+        f"blocks stored in {training.quantization_type}")
     if training.qlora_enabled and not any(stage.adapters for stage in run.stages):
         say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
     say("\nstage  layers  mask fractions  steps  trainable     frozen  adapters  (parameters)")
@@ -698,16 +604,15 @@ def print_plan(run, device):
         everything = embeddings + (s.block + 1) * (c.block_size * layer + norm)
         # rank x (in + out) of c_attn, c_proj, c_fc and the MLP's c_proj: 4 + 2 + 5 + 5 widths
         adapters = s.layers[0] * training.qlora_rank * 16 * c.d_model * s.adapters
-        say(
-            f"{s.index + 1:5d}  {f'{s.layers[0]}-{s.layers[-1]}':>6s}  "
+        say(f"{s.index + 1:5d}  {f'{s.layers[0]}-{s.layers[-1]}':>6s}  "
             f"{f'{s.time_steps[0]:g} - {s.time_steps[-1]:g}':>14s}  {s.steps:5d}  "
             f"{trainable / 1e6:7.2f} M  {(everything - trainable) / 1e6:7.2f} M  "
-            f"{adapters / 1e6:6.2f} M"
-        )
+            f"{adapters / 1e6:6.2f} M")
     if device.type == "cpu":
         flops = per_step * sum(s.steps * matmul_flops(s, c) for s in run.stages)
         seconds = flops / (matmul_rate(c, dtype) * step_efficiency(c))
-        say(f"\nno GPU: about {clock(seconds)} of training on {torch.get_num_threads()} threads")
+        say(f"\nno GPU: about {clock(seconds)} of training on {torch.get_num_threads()} threads, "
+            f"then the evaluation")
     say()
     run.record("plan", stages=[asdict(stage) for stage in run.stages])
 
@@ -730,7 +635,7 @@ def main(argv=None):
         model_config = standard_config(model_config)
     if not training.time_step_masking and model_config.attention_mode != "causal":
         raise UserError("training.time_step_masking=false (next-token training) needs "
-                        "model.attention_mode=causal")  # fmt: skip
+                        "model.attention_mode=causal")
     device = pick_device(training.device)
     stages = fusion_schedule(model_config, training)
     if min(stage.steps for stage in stages) < 1:
@@ -738,11 +643,18 @@ def main(argv=None):
     tokens = load_tokens(data, "train", model_config.vocab_size)
     val_tokens = load_tokens(data, "val", model_config.vocab_size)
     val_rows = validation_rows(val_tokens, model_config.seq_len, training.eval_rows)
-
     batch_of(tokens, model_config, training, stages[0], 0)  # fails now if the text is too short
+
+    pretrained = None
+    if model_config.init_from != "scratch":
+        try:
+            _, pretrained = read_pretrained(model_config.init_from, model_config, data.folder)
+        except ValueError as error:
+            raise UserError(f"model.init_from: {error}") from None
 
     folder, lock = open_folder(training, args.resume, args.overwrite)
     run = Run(folder, model_config, training, tokens, val_rows, stages)
+    run.pretrained = pretrained
     torch.manual_seed(training.seed)
     model, state = GPT(model_config, blocks=0).to(device), None
     if (folder / "config.json").exists():
@@ -754,7 +666,7 @@ def main(argv=None):
         if args.resume:
             say(f"there is no run {training.run_id} to resume; starting it")
         text = json.dumps({"model": asdict(model_config), "training": asdict(training),
-                           "data": asdict(data)}, indent=1)  # fmt: skip
+                           "data": asdict(data)}, indent=1)
         write_atomically(folder / "config.json", text.encode())
     if state and state["finished"]:
         say(f"run {training.run_id} is finished; python evaluate_gpt2.py --run {training.run_id}")
@@ -779,7 +691,7 @@ def main(argv=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    say(f"\nrun folder: {folder}; python evaluate_gpt2.py --run {training.run_id} repeats the table")
+    say(f"\nall of it is in {folder}; python evaluate_gpt2.py --run {training.run_id} repeats this")
     return 0
 
 

@@ -10,10 +10,12 @@ import evaluate_gpt2
 import lora
 import quant
 import train_gpt2_fusion as train
-from data_loader import DataConfig, load_tokens
 from model import GPT, ModelConfig
 from train_gpt2_fusion import TrainingConfig, fusion_schedule, standard_config
 
+CONFIG = ModelConfig(
+    vocab_size=257, d_model=32, n_layers=6, n_heads=2, seq_len=32, block_size=2
+)
 EVERY_KIND = pytest.mark.parametrize("kind", quant.KINDS)
 
 
@@ -176,7 +178,7 @@ def test_other_settings_run_end_to_end(toy, changes):
 
 
 def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes(toy):
-    config = ModelConfig(vocab_size=257, d_model=32, n_layers=6, n_heads=2, seq_len=32, block_size=2)
+    config = CONFIG
     training = TrainingConfig(block_size=2, quantization_type="int4", max_steps=12, batch_size=4)
     stages = fusion_schedule(config, training)
     model = GPT(config, blocks=0)
@@ -207,7 +209,7 @@ def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes(toy):
 
 
 def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix(toy):
-    config = ModelConfig(vocab_size=257, d_model=32, n_layers=6, n_heads=2, seq_len=32, block_size=2)
+    config = CONFIG
     for adapters in (False, True):
         training = TrainingConfig(block_size=2, qlora_enabled=adapters)
         first, second, _ = fusion_schedule(config, training)
@@ -371,3 +373,46 @@ def test_evaluation_names_what_is_missing(toy, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(toy, capsys):
     fails(toy(training__lr="1e9", training__grad_clip="1e30", training__warmup_steps=0),
           capsys, "loss is", "time step", "training.lr")  # fmt: skip
+
+
+def test_a_run_in_every_storage_and_runs_side_by_side(toy, capsys):
+    assert train.main(toy(training__quantization_type="nf4", training__max_steps=60)) == 0
+    assert train.main(toy(training__mode="standard", training__run_id="end")) == 0
+    folder = str(toy.folder.parent)
+    capsys.readouterr()
+    assert evaluate_gpt2.main(["--folder", folder, "--run", "toy", "--precision", "all"]) == 0
+    table = json.loads((toy.folder / "eval_all.json").read_text())
+    assert list(table) == list(quant.KINDS)
+    bits = {kind: row["bits_per_weight"] for kind, row in table.items()}
+    # groups of 64 do not fill rows of 32 numbers, so four-bit kinds cost more here
+    assert bits["fp32"] == 32 and bits["fp16"] == 16 and bits["nf4"] < bits["int4"] < 7
+    assert abs(table["fp16"]["nelbo_12"] - table["fp32"]["nelbo_12"]) < 1e-3
+    assert table["int4"]["nelbo_12"] != table["fp32"]["nelbo_12"]
+    assert evaluate_gpt2.main(["--folder", folder, "--compare", "toy", "end"]) == 0
+    assert "fused, frozen" in capsys.readouterr().out
+
+
+def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
+    """A run's weights, written in Hugging Face's layout, begin another run at the same loss."""
+    next_token = dict(training__mode="standard", training__time_step_masking="false",
+                      training__quantization_type="fp32")  # fmt: skip
+    assert train.main(toy(**next_token, training__max_steps=100, training__lr="3e-3")) == 0
+    evaluate_gpt2.load_run(toy.folder).save_pretrained(tmp_path / "gpt2")
+    before = json.loads((toy.folder / "eval.json").read_text())["left_to_right"][0]
+    again = dict(model__init_from=tmp_path / "gpt2", training__run_id="second", training__max_steps=3)
+    assert train.main(toy(**next_token, **again, training__lr="1e-12")) == 0
+    folder = toy.folder.with_name("second")
+    assert metrics(folder, "validation")[0]["cross_entropy"] < 4.5  # scratch: log 257 = 5.5
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["left_to_right"][0] == pytest.approx(before, abs=1e-4)
+    # every block and exit norm of a fused run starts from them too, in each stage
+    assert train.main(toy(**again | {"training__run_id": "fused"}, training__lr="1e-12")) == 0
+    saved = weights(toy.folder.with_name("fused"))
+    source = weights(toy.folder)
+    for (block, name), tensor in saved.items():
+        if name.startswith("h."):
+            assert torch.allclose(tensor, source[0, name], atol=1e-6), name
+        if name.startswith("exit_norms."):
+            other = source[0, name.replace(f"norms.{block}", "norms.0")]
+            assert torch.allclose(tensor, other, atol=1e-6), name
+    fails(toy(**again | {"training__run_id": "wrong"}, model__d_model=64), capsys, "d_model=32")
