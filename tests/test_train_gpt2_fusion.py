@@ -399,7 +399,7 @@ def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
     assert train.main(toy(**next_token, training__max_steps=100, training__lr="3e-3")) == 0
     evaluate_gpt2.load_run(toy.folder).save_pretrained(tmp_path / "gpt2")
     before = json.loads((toy.folder / "eval.json").read_text())["left_to_right"][0]
-    again = dict(model__init_from=tmp_path / "gpt2", training__run_id="second", training__max_steps=3)
+    again = dict(model__init_from=tmp_path / "gpt2", training__run_id="second", training__max_steps=4)
     assert train.main(toy(**next_token, **again, training__lr="1e-12")) == 0
     folder = toy.folder.with_name("second")
     assert metrics(folder, "validation")[0]["cross_entropy"] < 4.5  # scratch: log 257 = 5.5
