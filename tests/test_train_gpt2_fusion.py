@@ -410,7 +410,7 @@ def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
     saved = weights(toy.folder.with_name("fused"))
     source = weights(toy.folder)
     for (block, name), tensor in saved.items():
-        if name.startswith("h."):
+        if name.startswith("h.") and "lora_" not in name:
             assert torch.allclose(tensor, source[0, name], atol=1e-6), name
         if name.startswith("exit_norms."):
             other = source[0, name.replace(f"norms.{block}", "norms.0")]
