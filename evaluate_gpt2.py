@@ -139,7 +139,7 @@ def row_noise(n_rows, seq_len, seed, tag):
 
 
 @torch.no_grad()
-def score(model, rows, mask_fraction, block, noise, batch_size=10):
+def score(model, rows, mask_fraction, block, noise, batch_size=20):
     """Each row's estimate of CE(m) and its accuracy, read at exit `block`.
 
     Args:

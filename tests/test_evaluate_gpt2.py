@@ -17,14 +17,13 @@ SMALL = dict(vocab_size=3, seq_len=4)
 
 def enumerated_ce(model, row, m, block):
     """CE(m) of one row by its definition: every mask with its probability."""
-    n, total = len(row) - 1, 0.0
-    for pattern in itertools.product([False, True], repeat=n):
-        mask = torch.tensor([[False, *pattern]])
-        logits = model(row[None].masked_fill(mask, model.config.mask_id), block)
-        ce = -torch.log_softmax(logits[0, :-1].double(), -1).gather(1, row[1:, None]).squeeze(1)
-        chance = math.prod(m if masked else 1 - m for masked in pattern)
-        total += chance * ce[mask[0, 1:]].sum().item() / (m * n)
-    return total
+    n = len(row) - 1
+    patterns = torch.tensor([*itertools.product([False, True], repeat=n)])  # (2^n, n)
+    mask = torch.cat([torch.zeros(len(patterns), 1, dtype=torch.bool), patterns], dim=1)
+    logits = model(row.masked_fill(mask, model.config.mask_id), block)[:, :-1].double()
+    ce = -torch.log_softmax(logits, -1)[:, range(n), row[1:]]  # (2^n, n)
+    chance = torch.where(patterns, m, 1 - m).double().prod(1)  # (2^n,)
+    return (chance * (ce * patterns).sum(1)).sum().item() / (m * n)
 
 
 def enumerated_nelbo_12(model, row):
@@ -56,10 +55,10 @@ def test_nelbo_12_by_hand():
 def test_nelbo_12_estimates_the_enumerated_value(attention):
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
-    bounds = [e.nelbo_12(model, row.repeat(400, 1), seed=seed)[0] for seed in range(6)]
-    error = np.std(bounds, ddof=1) / math.sqrt(6)
+    bounds = [e.nelbo_12(model, row.repeat(100, 1), seed=seed)[0] for seed in range(8)]
+    error = np.std(bounds, ddof=1) / math.sqrt(8)
     assert abs(np.mean(bounds) - enumerated_nelbo_12(model, row)) < 4 * error + 1e-6
-    assert error < 0.05
+    assert error < 0.1
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def test_the_whole_run(toy, capsys):
     # it learned: far below what ignoring the context gives
     result = json.loads((folder / "eval.json").read_text())
     assert result["nelbo_12"] < result["unigram"] - 0.1
-    assert result["left_to_right"][0] < result["unigram"] - 0.3
+    assert result["left_to_right"][0] < result["unigram"] - 0.2
     assert len(result["time_steps"]) == 13 and len(result["left_to_right"]) == 3
     for key in ("nelbo", "nelbo_stderr", "memory", "train_seconds", "train_tokens", "config"):
         assert key in result
