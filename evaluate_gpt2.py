@@ -93,6 +93,9 @@ def load_run(folder, precision=None, device="cpu", resume=False):
     kind = precision or training["quantization_type"]
     checkpoint = folder / "checkpoint.pt"
     state = quant.load_file(checkpoint) if checkpoint.exists() else None
+    if precision and not (state and state["finished"]):
+        raise UserError(f"run {folder.name} has not ended; finish it with --resume before asking "
+                        f"for a precision")
     model = GPT(config, blocks=0)
     block = 0
     while (folder / "backup" / f"block_{block}.pt").exists():
@@ -155,8 +158,8 @@ def score(model, rows, mask_fraction, block, noise, batch_size=20):
         x_0, m = rows[part].to(device), mask_fraction[part].to(device)
         x_t, mask = corrupt(x_0, m, noise[part].to(device), model.config.mask_id)
         _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, block)
-        ce.append(by_row.double().cpu())
-        accuracy.append(hit.double().cpu())
+        ce.append(by_row.cpu().double())
+        accuracy.append(hit.cpu().double())
     return torch.cat(ce), torch.cat(accuracy)
 
 
@@ -212,7 +215,7 @@ def nelbo(model, rows, seed, replicates=REPLICATES):
         else:
             masked = (strata * n).long() + 1  # l of each row, 1..N
             m = torch.from_numpy(rng.beta(masked, n - masked + 1))
-            # Exactly the l smallest numbers of a row fall below l/N when replaced by their rank.
+            # Replaced by its rank / N, exactly l numbers of a row are below (l - 1/2) / N.
             noise[:, 0] = 2.0
             noise = noise.argsort(1).argsort(1) / n
             scored_m = (masked - 0.5) / n
@@ -249,7 +252,7 @@ def units_of(rows, encoding):
     return token_bytes(encoding)[predicted].sum() / predicted.size, words / predicted.size
 
 
-def evaluate(model, rows, seed, compute="auto", progress=None):
+def evaluate(model, rows, seed, compute="auto"):
     """All metrics of a model on validation rows (R, T), products in `compute` (see gpt2.yaml).
 
     Returns:
@@ -260,11 +263,7 @@ def evaluate(model, rows, seed, compute="auto", progress=None):
     device = model.wte.weight.device
     with autocast(device, compute_type(device, compute)):
         bound, table = nelbo_12(model, rows, seed)
-        if progress:
-            progress("time steps scored")
         mean, stderr = nelbo(model, rows, seed)
-        if progress:
-            progress("continuous bound done")
         exits = left_to_right(model, rows)
     return {"nelbo_12": bound, "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": exits,
             "time_steps": table, "rows": len(rows)}
@@ -518,7 +517,10 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {name} is not available here; use training.device=cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from None
 
 
 @one_line_errors
@@ -530,6 +532,7 @@ def main(argv=None):
                         help="rebuild the run in this storage; all: a table of every one")
     parser.add_argument("--compare", nargs="+", metavar="RUN_ID", help="runs side by side")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="begin the sample with TEXT")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--full", action="store_true", help="score every validation row")
     parser.add_argument("--json", metavar="PATH", help="where to write the figures")
     args = parser.parse_args(argv)
@@ -537,8 +540,7 @@ def main(argv=None):
         compare([Path(args.folder) / run for run in args.compare])
         return 0
     folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
-    _, training, _ = read_config(folder)
-    device = pick_device(training["device"])
+    device = pick_device(args.device)
     if args.precision == "all":
         result = precision_table(folder, device, args.full)
     else:

@@ -373,7 +373,8 @@ def compute_type(device, name="auto"):
     CPU without bf16 units emulates it, slower than fp32).
     """
     if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp16"
     elif name == "auto":
         units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -416,8 +417,8 @@ def time_steps_of(block, config):
 def stratified(time_steps, n_rows, offset):
     """Mask fractions of a batch: row r takes time step (r + offset) mod n. -> (n_rows,)
 
-    Dealt out in turn instead of drawn one by one, so that every batch holds every noise level
-    equally often: the mean over rows has less variance (Kingma et al. 2021, appendix I.1).
+    Dealt out in turn instead of drawn one by one, so that a batch holds the noise levels as equally
+    as it can: the mean over rows has less variance (Kingma et al. 2021, appendix I.1).
     """
     return torch.tensor([time_steps[(r + offset) % len(time_steps)] for r in range(n_rows)])
 
@@ -475,7 +476,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         h, W = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         ce = torch.empty(len(h), device=h.device)  # (N,)
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
-        grad_h = torch.empty_like(h) if need_h else None
+        grad_h = torch.empty_like(hidden) if need_h else None
         grad_W = None
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
         for i in range(0, len(h), chunk):
@@ -490,12 +491,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # -log p[target] by way of the largest p, which cannot underflow.
             ce[part] = (gap - p.amax(-1, keepdim=True).float().log()).squeeze(1)
             if need_h or need_W:
-                p.scatter_(1, target, p.gather(1, target) - 1)
-                p *= weights[part, None].to(dtype)  # now d loss / d logits
+                p.scatter_(1, target, p.gather(1, target) - 1)  # now d CE / d logits
+            # The weights (1e-4) go on the small factor: p times them would vanish in fp16.
             if need_h:
-                grad_h[part] = p @ W  # (chunk, d)
+                grad_h[part] = (p @ W).to(grad_h.dtype) * weights[part, None]  # (chunk, d)
             if need_W:
-                share = p.T @ h_part  # (V, d)
+                share = p.T @ (h_part * weights[part, None].to(dtype))  # (V, d)
                 grad_W = share.to(weight.dtype) if grad_W is None else grad_W.add_(share)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.mark_non_differentiable(ce, hit)
@@ -529,6 +530,9 @@ def chunked_cross_entropy(hidden, weight, targets, weights, vocab_size, chunk=51
 
 def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
     """The stage loss: mean over rows of the estimate of CE(m), read at exit `block`.
+
+    A plain mean: the weights m_i - m_(i-1) of the bound are left to the evaluation. Every time step
+    of the stage counts alike, also the lightly masked ones, which teach most.
 
     Args:
         x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).

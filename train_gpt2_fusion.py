@@ -13,6 +13,7 @@ loop), `train` (the stages, one after another), `main`.
 import argparse
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -70,9 +71,9 @@ class TrainingConfig:
     gradient_accumulation: int = 1
     max_steps: int = 800
     log_interval: int = 10
-    eval_interval: int = 200
-    eval_rows: int = 32
-    checkpoint_interval: int = 200
+    eval_interval: int = 100
+    eval_rows: int = 16
+    checkpoint_interval: int = 100
     seed: int = 0
     run_id: str = "gpt2-small"
     folder: str = "checkpoints"
@@ -171,13 +172,15 @@ def matmul_flops(stage, config):
     """Matrix-product FLOPs that one token of a stage needs, forward and backward.
 
     2 per weight forward, 2 for the gradient of the input, 2 for the gradient of the weight. Frozen
-    layers need no weight gradient, and without adapters no backward pass at all. Scores and sums of
-    the attention count too; the adapters themselves (under 1 %) do not.
+    layers need no weight gradient, and without adapters no backward pass at all. The two products
+    of the attention count whole, causal or not; the adapters themselves (about 1 %) do not.
     """
     d, trained = config.d_model, len(stage.layers)
-    layer = 12 * d * d + 2 * d * config.seq_len * (0.5 if config.attention_mode == "causal" else 1)
+    weights, attention = 12 * d * d, 2 * d * config.seq_len
     frozen = (stage.block + 1) * config.block_size - trained
-    per_token = 6 * trained * layer + (4 if stage.adapters else 2) * frozen * layer
+    per_token = 6 * trained * (weights + attention)
+    per_token += frozen * (4 * weights + 6 * attention if stage.adapters else
+                           2 * (weights + attention))
     scored = 1.0
     if config.attention_mode == "bidirectional":
         scored = sum(stage.time_steps) / len(stage.time_steps)
@@ -211,7 +214,7 @@ def begin_stage(model, stage, training, pretrained=None):
     """
     while model.blocks <= stage.block:
         # Each block's initial weights depend on (seed, block) alone, not on what ran before.
-        torch.manual_seed(1000 * training.seed + model.blocks)
+        torch.manual_seed(1000 * training.seed + 1 + model.blocks)
         model.grow()
         if pretrained:
             model.fill_from(pretrained, model.blocks - 1)
@@ -266,7 +269,14 @@ def end_stage(model, stage, stages, training, folder):
     for block in done:
         state = {name: p.detach().cpu() for name, p in model.block_parameters(block).items()}
         state |= {name: t.cpu() for name, t in lora.adapter_state(model, block).items()}
-        quant.write_backup(folder / "backup", block, state, stage.steps, config)
+        try:
+            quant.write_backup(folder / "backup", block, state, stage.steps, config)
+        except FileExistsError:
+            # Left by a process that was killed before its checkpoint counted it, and the way from
+            # that checkpoint to here is not repeatable (another number of threads, a GPU).
+            path = folder / "backup" / f"block_{block}.pt"
+            path.rename(path.with_name(f"uncounted-{time.time_ns()}-{path.name}"))
+            quant.write_backup(folder / "backup", block, state, stage.steps, config)
     for block in done:
         quant.freeze_block(model, block, training.quantization_type)
     return max(done) + 1 if done else 0
@@ -313,7 +323,7 @@ def batch_of(tokens, model_config, training, stage, step):
     """
     rows = training.batch_size * training.gradient_accumulation
     x_0 = training_rows(tokens, model_config.seq_len, rows, training.seed, stage.index, step)
-    rng = np.random.default_rng([training.seed, stage.index, step])
+    rng = np.random.default_rng([training.seed, stage.index, step, 1])
     mask_fraction = stratified(stage.time_steps, rows, int(rng.integers(len(stage.time_steps))))
     uniform = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
     x_t, mask = corrupt(x_0, mask_fraction, uniform, model_config.mask_id)
@@ -362,6 +372,7 @@ def train_stage(run, model, optimizer, stage, step):
     training, device = run.training, model.wte.weight.device
     dtype = compute_type(device, training.compute_type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run.scaler_on = scaler.is_enabled()
     if run.scaler:
         scaler.load_state_dict(run.scaler)
     pending, seconds = [], 0.0  # steps and time since the last log line
@@ -429,7 +440,7 @@ class Run:
         self.seconds = 0.0  # training time of the stage so far, validation and saving left out
         self.peak_mib = 0.0
         self.backed_up = 0
-        self.scaler = {}
+        self.scaler, self.scaler_on = {}, False
         self.metrics = None
         self.pretrained = None
 
@@ -443,10 +454,13 @@ class Run:
         tokens = record.pop("tokens")
         speed = tokens / seconds
         self.seconds += seconds
-        if not math.isfinite(record["loss"]):
+        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
+        if not math.isfinite(record["loss"] + (0 if self.scaler_on else record["grad_norm"])):
             bad = [m for m, ce in record["loss_by_time_step"].items() if not math.isfinite(ce)]
-            raise UserError(f"the loss is {record['loss']} in stage {stage.index + 1} before step "
-                            f"{step}, time step {bad[0]}; lower training.lr and start a new run")
+            raise UserError(f"the loss is {record['loss']}, the gradient norm "
+                            f"{record['grad_norm']}, in stage {stage.index + 1} within the "
+                            f"{self.training.log_interval} steps before {step}, time step "
+                            f"{', '.join(bad) or 'unknown'}; lower training.lr and start a new run")
         self.record("step", stage=stage.index, block=stage.block, step=step, **record,
                     tokens_per_second=speed)
         left = sum((s.steps - (step if s is stage else 0)) * matmul_flops(s, self.model_config)
@@ -474,6 +488,7 @@ class Run:
         weights = lora.adapter_state(model, stage.block) if step else {}
         for block in range(self.backed_up, model.blocks):  # the others are in their backups
             weights |= model.block_parameters(block)
+        os.fsync(self.metrics.fileno())  # metrics_bytes must be on disk before the checkpoint is
         state = {
             "finished": stage is None,
             "stage": stage.index if stage else len(self.stages),
@@ -514,16 +529,17 @@ def run_stages(run, model, state, device):
         if not train_stage(run, model, optimizer, stage, step):
             return False
         step = 0
-        run.peak_mib = max(run.peak_mib, memory_mib(device)[1])
-        run.record("stage", stage=stage.index, block=stage.block, step=stage.steps,
-                   seconds=run.seconds, tokens=stage.steps * tokens_per_step(run),
-                   held=memory(model, optimizer), peak_mib=run.peak_mib,
-                   standard_bytes=standard_bytes(run.model_config))
+        held = memory(model, optimizer)
         del optimizer  # its state is as large as two copies of what was trained
         run.backed_up = max(run.backed_up, end_stage(model, stage, stages, training, run.folder))
         if run.backed_up:
-            say(f"block {stage.block} is backed up in {run.folder / 'backup'}, verified, and now "
-                f"stored in {training.quantization_type}\n")
+            say(f"backed up in {run.folder / 'backup'}, verified, and now stored in "
+                f"{training.quantization_type}: {run.backed_up} of {len(stages)} blocks\n")
+        run.peak_mib = max(run.peak_mib, memory_mib(device)[1])
+        run.record("stage", stage=stage.index, block=stage.block, step=stage.steps,
+                   seconds=run.seconds, tokens=stage.steps * tokens_per_step(run),
+                   held=held, peak_mib=run.peak_mib,
+                   standard_bytes=standard_bytes(run.model_config))
         run.seconds, run.peak_mib, run.scaler = 0.0, 0.0, {}
         following = stages[stage.index + 1] if stage.index + 1 < len(stages) else None
         run.save(model, None, following, 0)
@@ -565,9 +581,12 @@ def open_folder(training, resume, overwrite):
     return folder, lock
 
 
-def check_same_config(folder, model_config, training, data):
-    """Refuse to resume a run under a configuration that would make it another run."""
+def check_same_config(folder, model_config, training, data, text_digest):
+    """Refuse to resume a run under a configuration or on a text that would make it another run."""
     old_model, old_training, old_data = read_config(folder)
+    if json.loads((folder / "config.json").read_text())["tokens_sha256"] != text_digest:
+        raise UserError(f"the training text has changed since run {training.run_id} began; put the "
+                        f"old one back, or choose training.run_id=NAME")
     pairs = [("model", asdict(old_model), asdict(model_config)),
              ("training", old_training, asdict(training)),
              ("data", asdict(old_data), asdict(data))]
@@ -652,13 +671,14 @@ def main(argv=None):
         except ValueError as error:
             raise UserError(f"model.init_from: {error}") from None
 
+    digest = hashlib.sha256(tokens).hexdigest()
     folder, lock = open_folder(training, args.resume, args.overwrite)
     run = Run(folder, model_config, training, tokens, val_rows, stages)
     run.pretrained = pretrained
-    torch.manual_seed(training.seed)
+    torch.manual_seed(1000 * training.seed)  # the embeddings'; the blocks' follow in begin_stage
     model, state = GPT(model_config, blocks=0).to(device), None
     if (folder / "config.json").exists():
-        check_same_config(folder, model_config, training, data)
+        check_same_config(folder, model_config, training, data, digest)
         if (folder / "checkpoint.pt").exists():
             model, state = load_run(folder, device=device, resume=True)
             run.restore(state)
@@ -666,31 +686,31 @@ def main(argv=None):
         if args.resume:
             say(f"there is no run {training.run_id} to resume; starting it")
         text = json.dumps({"model": asdict(model_config), "training": asdict(training),
-                           "data": asdict(data)}, indent=1)
+                           "data": asdict(data), "tokens_sha256": digest}, indent=1)
         write_atomically(folder / "config.json", text.encode())
     if state and state["finished"]:
         say(f"run {training.run_id} is finished; python evaluate_gpt2.py --run {training.run_id}")
         return 0
 
     def stop(*_):
-        say("\nstopping after this step ...")
         run.stop = True
 
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with lock, open(folder / "metrics.jsonl", "a" if state else "w") as run.metrics:
-            if state:
-                say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
-            else:
-                print_plan(run, device)
-            if not run_stages(run, model, state, device):
-                say(f"saved in {folder}; go on with the same command and --resume")
-                return 130
-            result = report(folder, model, say=say)
-            write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with lock, open(folder / "metrics.jsonl", "a" if state else "w") as run.metrics:
+        if state:
+            say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
+        else:
+            print_plan(run, device)
+        handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            finished = run_stages(run, model, state, device)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if not finished:
+            say(f"stopped and saved in {folder}; go on with the same command and --resume")
+            return 130
+        result = report(folder, model, say=say)
+        write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
     say(f"\nall of it is in {folder}; python evaluate_gpt2.py --run {training.run_id} repeats this")
     return 0
 
