@@ -472,7 +472,8 @@ def precision_table(folder, device, full=False):
     rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
     table = {}
     print(f"{Path(folder).name}, {len(rows)} validation rows\n")
-    print("storage  layers MiB  bits/weight  all MiB  NELBO_12  perplexity   to fp32  left to right")
+    print("storage  layers MiB  bits/weight  all MiB  NELBO_12  perplexity   to fp32  "
+          "left to right")
     for kind in quant.KINDS:
         model = load_run(folder, kind, device).eval()
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
