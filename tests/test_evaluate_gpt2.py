@@ -1,6 +1,5 @@
 """The metrics against enumeration and closed forms on toy vocabularies."""
 
-import dataclasses
 import itertools
 import math
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import evaluate_gpt2 as e
-from model import block_of, corrupt
+from model import block_of
 from test_model import BOTH, TOY, toy_model
 
 SMALL = dict(vocab_size=3, seq_len=4)

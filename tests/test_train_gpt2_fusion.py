@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -177,13 +178,13 @@ def test_other_settings_run_end_to_end(toy, changes):
 # --- what frozen means -----------------------------------------------------------------------
 
 
-def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes(toy):
+def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes():
     config = CONFIG
     training = TrainingConfig(block_size=2, quantization_type="int4", max_steps=12, batch_size=4)
     stages = fusion_schedule(config, training)
     model = GPT(config, blocks=0)
     idx = torch.randint(257, (2, 32))
-    remembered, frozen = [], {}
+    remembered = []
     for stage in stages:
         optimizer = train.begin_stage(model, stage, training)
         assert model.blocks == stage.block + 1  # blocks not yet reached are not in memory
@@ -201,14 +202,13 @@ def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes(toy):
             for block, logits in enumerate(remembered):
                 assert torch.equal(model(idx, block), logits), f"exit {block} changed"
             remembered.append(model(idx, stage.block))
-        frozen |= {name: t.clone() for name, t in model.state_dict().items()}
     assert len(remembered) == 3
     # the adapters of exit 2 do act, or the test above would prove nothing
     adapters = lora.adapter_parameters(model, 2)
     assert adapters and any(p.abs().sum() > 0 for n, p in adapters.items() if "lora_B" in n)
 
 
-def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix(toy):
+def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix():
     config = CONFIG
     for adapters in (False, True):
         training = TrainingConfig(block_size=2, qlora_enabled=adapters)
@@ -229,7 +229,8 @@ def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix(toy):
 @pytest.mark.parametrize("fusion", ["frozen", "trainable"])
 @pytest.mark.parametrize("stop_after", [3, 6, 8])  # in stage 1, at its end, in stage 2
 def test_a_stopped_run_ends_as_one_that_was_never_stopped(toy, stop_after, fusion, monkeypatch):
-    settings = dict(training__fusion_mode=fusion, model__dropout=0.1)
+    # Logged every step but saved every second one, so that a stop leaves lines to cut off.
+    settings = dict(training__fusion_mode=fusion, model__dropout=0.1, training__log_interval=1)
     assert train.main(toy(**settings, training__run_id="whole")) == 0
     whole = toy.folder.with_name("whole")
 
@@ -252,6 +253,43 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(toy, stop_after, fusio
     losses = [[(s["stage"], s["step"], s["loss"]) for s in metrics(f)] for f in (whole, toy.folder)]
     assert losses[0] == losses[1]
     assert same(weights(whole), weights(toy.folder))
+
+
+def test_a_backup_that_no_checkpoint_counts_is_moved_aside(toy, monkeypatch):
+    """Left by a killed process, and other than what the resumed run arrives at."""
+    assert train.main(toy(training__seed=1, training__run_id="other")) == 0
+    assert train.main(toy(training__run_id="whole")) == 0
+    real, count = train.train_step, [0]
+
+    def step_then_die(*args):
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", step_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(toy())
+    monkeypatch.setattr(train, "train_step", real)
+    backup = toy.folder / "backup"
+    backup.mkdir()
+    for name in ("block_0.pt", "manifest.json"):
+        shutil.copy(toy.folder.with_name("other") / "backup" / name, backup / name)
+    assert train.main([*toy(), "--resume"]) == 0
+    assert same(weights(toy.folder), weights(toy.folder.with_name("whole")))
+    assert len(list(backup.glob("uncounted-*"))) == 1
+
+
+def test_a_run_is_not_resumed_on_another_text(toy, tmp_path, capsys):
+    real = train.report
+    try:
+        train.report = lambda *args, **kwargs: {}
+        assert train.main(toy()) == 0
+    finally:
+        train.report = real
+    source = tmp_path / "text.txt"
+    source.write_text(source.read_text().replace("people", "nation"))
+    fails([*toy(), "--resume"], capsys, "text has changed")
 
 
 def test_ctrl_c_saves_first(toy, monkeypatch, capsys):
@@ -399,14 +437,16 @@ def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
     assert train.main(toy(**next_token, training__max_steps=100, training__lr="3e-3")) == 0
     evaluate_gpt2.load_run(toy.folder).save_pretrained(tmp_path / "gpt2")
     before = json.loads((toy.folder / "eval.json").read_text())["left_to_right"][0]
-    again = dict(model__init_from=tmp_path / "gpt2", training__run_id="second", training__max_steps=4)
+    again = {"model__init_from": tmp_path / "gpt2", "training__max_steps": 4,
+             "training__run_id": "second"}
     assert train.main(toy(**next_token, **again, training__lr="1e-12")) == 0
     folder = toy.folder.with_name("second")
     assert metrics(folder, "validation")[0]["cross_entropy"] < 4.5  # scratch: log 257 = 5.5
     result = json.loads((folder / "eval.json").read_text())
     assert result["left_to_right"][0] == pytest.approx(before, abs=1e-4)
     # every block and exit norm of a fused run starts from them too, in each stage
-    assert train.main(toy(**again | {"training__run_id": "fused"}, training__lr="1e-12")) == 0
+    fused = again | {"training__run_id": "fused", "training__lr": "1e-12"}
+    assert train.main(toy(**fused)) == 0
     saved = weights(toy.folder.with_name("fused"))
     source = weights(toy.folder)
     for (block, name), tensor in saved.items():
