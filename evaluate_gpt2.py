@@ -452,8 +452,9 @@ def print_report(folder, result, say=print):
     stages = result["memory"]["stages"]
     if not stages:
         return
-    say("\nheld in training (MiB): weights, gradients, optimizer; in brackets: mode standard")
-    say("stage  block  steps  seconds  tokens/s  weights  gradients  optimizer  all         peak")
+    say("\ntraining by stage; memory in MiB; `all` is what is held, in brackets by mode standard;")
+    say("`peak` is the whole process, activations and libraries included")
+    say("stage  block  steps  seconds  tokens/s  weights  gradients  optimizer  all (std)     peak")
     for s in stages:
         mib = {kind: value / MIB for kind, value in s["held"].items()}
         weights = mib["total"] - mib["gradients"] - mib["optimizer"]
@@ -473,7 +474,7 @@ def precision_table(folder, device, full=False):
     table = {}
     print(f"{Path(folder).name}, {len(rows)} validation rows\n")
     print("storage  layers MiB  bits/weight  all MiB  NELBO_12  perplexity   to fp32  "
-          "left to right")
+          "left to right, exits 0, 1, ...")
     for kind in quant.KINDS:
         model = load_run(folder, kind, device).eval()
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
@@ -495,7 +496,7 @@ def precision_table(folder, device, full=False):
 def compare(folders):
     """Print evaluated runs side by side. UserError for one without eval.json."""
     print("run               mode                  tokens  seconds  peak MiB  NELBO_12   NELBO  "
-          "left to right  bits/byte")
+          "left to right (best exit)")
     for folder in folders:
         _, training, _ = read_config(folder)
         path = Path(folder) / "eval.json"
@@ -505,11 +506,10 @@ def compare(folders):
         mode = training["mode"] if training["time_step_masking"] else "next-token"
         mode = f'fused, {training["fusion_mode"]}' if mode == "fused" else mode
         peak = max((stage["peak_mib"] for stage in result["memory"]["stages"]), default=math.nan)
-        bits = [value for value in result["bits_per_byte"].values() if value]
         best = min(result["left_to_right"]) if result["left_to_right"] else math.nan
         print(f'{path.parent.name:16s}  {mode:16s}  {result["train_tokens"]:10,}  '
               f'{result["train_seconds"]:7.0f}  {peak:8.0f}  {result["nelbo_12"]:8.3f}  '
-              f'{result["nelbo"]:6.3f}  {best:13.3f}  {min(bits):9.3f}')
+              f'{result["nelbo"]:6.3f}  {best:13.3f}')
 
 
 def pick_device(name):
