@@ -4,6 +4,7 @@
     python train_gpt2_fusion.py                             GPT-2 Small, gpt2.yaml as it stands
     python train_gpt2_fusion.py --resume                    go on where the run was stopped
     python train_gpt2_fusion.py training.mode=standard      end to end: the control
+    torchrun --nproc-per-node=2 train_gpt2_fusion.py        the same run on two processes
 
 Read from top to bottom: `TrainingConfig`, `Stage` and `fusion_schedule` (which layers are trained
 when, on which noise), `begin_stage` and `end_stage` (freeze, back up, convert), `train_stage` (the
@@ -11,6 +12,7 @@ loop), `train` (the stages, one after another), `main`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -26,6 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lora
 import quant
@@ -266,7 +271,7 @@ def end_stage(model, stage, stages, training, folder):
     else:
         done = range(model.blocks) if last else []
     config = {"model": asdict(model.config), "training": asdict(training)}
-    for block in done:
+    for block in done if process()[0] == 0 else ():
         state = {name: p.detach().cpu() for name, p in model.block_parameters(block).items()}
         state |= {name: t.cpu() for name, t in lora.adapter_state(model, block).items()}
         try:
@@ -277,6 +282,7 @@ def end_stage(model, stage, stages, training, folder):
             path = folder / "backup" / f"block_{block}.pt"
             path.rename(path.with_name(f"uncounted-{time.time_ns()}-{path.name}"))
             quant.write_backup(folder / "backup", block, state, stage.steps, config)
+    wait_for_all()  # no process converts before the backup is on disk
     for block in done:
         quant.freeze_block(model, block, training.quantization_type)
     return max(done) + 1 if done else 0
@@ -312,7 +318,72 @@ def step_efficiency(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The loop
+# 5. More than one process: torchrun starts them, each takes a slice of every batch
+
+
+def start_processes(device):
+    """Join the processes that torchrun started, if it did. -> this process's device."""
+    if not dist.is_torchelastic_launched():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def process():
+    """(number of this process, number of processes). Process 0 writes all files and prints."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait_for_all():
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def process_0_first():
+    """What stands inside is done by process 0, and then by the others, who find its files."""
+    if process()[0]:
+        wait_for_all()
+    yield
+    if not process()[0]:
+        wait_for_all()
+
+
+def gathered(values):
+    """The values of all processes, in their order: (n,) each -> (processes * n,)."""
+    if not dist.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values)
+    return torch.cat(parts)
+
+
+class StageLoss(nn.Module):
+    """`diffusion_loss` of a stage as a module, which DistributedDataParallel asks for."""
+
+    def __init__(self, model, stage):
+        super().__init__()
+        self.model, self.block = model, stage.block
+
+    def forward(self, x_0, x_t, mask, mask_fraction, rows):
+        return diffusion_loss(self.model, x_0, x_t, mask, mask_fraction, self.block, rows)
+
+
+def stage_loss(model, stage):
+    """The StageLoss; with several processes, one whose backward averages the trainable
+    parameters' gradients over them (frozen ones have none)."""
+    loss = StageLoss(model, stage)
+    if not dist.is_initialized():
+        return loss
+    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The loop
 
 
 def batch_of(tokens, model_config, training, stage, step):
@@ -340,23 +411,30 @@ def validate(model, rows, stage, training):
     return tuple(torch.stack([s[i].mean() for s in scores]).mean().item() for i in (0, 1))
 
 
-def train_step(model, optimizer, scaler, batch, stage, training, dtype):
-    """Forward, backward, clip, update.
+def train_step(loss_of, optimizer, scaler, batch, training, device, dtype):
+    """Forward, backward, clip, update, on this process's slice of the batch.
+
+    Args:
+        loss_of: from `stage_loss`; batch: from `batch_of`, the same in every process.
 
     Returns:
-        each row's CE estimate (B,) and the gradient norm before clipping, both still on the device.
+        CE estimates of the slice's rows (B,) and the gradient norm before clipping, on the device.
     """
-    device = model.wte.weight.device
+    number, processes = process()
+    rows = len(batch[0]) // processes
+    batch = [t[number * rows : (number + 1) * rows] for t in batch]
     if device.type == "cuda":
         batch = [t.pin_memory() for t in batch]
-    x_0, x_t, mask, mask_fraction = (t.to(device, non_blocking=True) for t in batch)
+    batch = [t.to(device, non_blocking=True) for t in batch]
     by_row = []
-    for i in range(0, len(x_0), training.batch_size):
-        part = slice(i, i + training.batch_size)
-        with autocast(device, dtype):
-            loss, ce, _ = diffusion_loss(model, x_0[part], x_t[part], mask[part],
-                                         mask_fraction[part], stage.block, rows=len(x_0))
-        scaler.scale(loss).backward()
+    for i in range(0, rows, training.batch_size):
+        last = i + training.batch_size >= rows
+        # Gradients travel between processes once per step, with the last micro-batch.
+        alone = contextlib.nullcontext() if processes == 1 or last else loss_of.no_sync()
+        with alone:
+            with autocast(device, dtype):
+                loss, ce, _ = loss_of(*(t[i : i + training.batch_size] for t in batch), rows=rows)
+            scaler.scale(loss).backward()
         by_row.append(ce)
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -375,6 +453,7 @@ def train_stage(run, model, optimizer, stage, step):
     run.scaler_on = scaler.is_enabled()
     if run.scaler:
         scaler.load_state_dict(run.scaler)
+    loss_of = stage_loss(model, stage)
     pending, seconds = [], 0.0  # steps and time since the last log line
     while step < stage.steps:
         started = time.perf_counter()
@@ -384,13 +463,17 @@ def train_stage(run, model, optimizer, stage, step):
         if model.config.dropout or training.qlora_dropout:
             torch.manual_seed(hash((training.seed, stage.index, step)))
         batch = batch_of(run.tokens, model.config, training, stage, step)
-        ce, grad_norm = train_step(model, optimizer, scaler, batch, stage, training, dtype)
+        ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, training, device, dtype)
         pending.append((batch, ce))
         step += 1
 
         last = step == stage.steps
-        save = run.stop or (step % training.checkpoint_interval == 0 and not last)
-        log = save or last or step % training.log_interval == 0
+        log = last or step % training.log_interval == 0
+        stop = run.stop
+        if dist.is_initialized():  # all processes must stop at the same step
+            stop = log and gathered(torch.tensor([int(stop)], device=device)).any().item()
+        save = stop or (step % training.checkpoint_interval == 0 and not last)
+        log = log or save
         if log:
             record = summary(pending, grad_norm, optimizer, device)
         seconds += time.perf_counter() - started
@@ -403,7 +486,7 @@ def train_stage(run, model, optimizer, stage, step):
         if save:
             run.scaler = scaler.state_dict()
             run.save(model, optimizer, stage, step)
-        if run.stop:
+        if stop:
             return last
     return True
 
@@ -412,7 +495,7 @@ def summary(pending, grad_norm, optimizer, device):
     """The figures of a log line, from the (batch, CE by row) of the steps since the last one."""
     by_time_step = defaultdict(list)
     for (_, _, _, mask_fraction), ce in pending:
-        for m, value in zip(mask_fraction.tolist(), ce.tolist()):
+        for m, value in zip(mask_fraction.tolist(), gathered(ce).tolist()):
             by_time_step[m].append(value)
     masked = [batch[2][:, 1:].float().mean().item() for batch, _ in pending]
     return {
@@ -427,22 +510,22 @@ def summary(pending, grad_norm, optimizer, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. A run: what goes to disk, and the stages one after another
+# 7. A run: what goes to disk, and the stages one after another
 
 
 class Run:
     """One training run: its folder, its data, its log and its checkpoints."""
 
-    def __init__(self, folder, model_config, training, tokens, val_rows, stages):
-        self.folder, self.model_config, self.training = folder, model_config, training
+    def __init__(self, model_config, training, tokens, val_rows, stages, pretrained):
+        self.model_config, self.training, self.pretrained = model_config, training, pretrained
         self.tokens, self.val_rows, self.stages = tokens, val_rows, stages
+        self.folder = None
         self.stop = False  # set by Ctrl-C and SIGTERM
         self.seconds = 0.0  # training time of the stage so far, validation and saving left out
         self.peak_mib = 0.0
         self.backed_up = 0
         self.scaler, self.scaler_on = {}, False
         self.metrics = None
-        self.pretrained = None
 
     def record(self, event, **values):
         """Append a line to metrics.jsonl."""
@@ -483,6 +566,8 @@ class Run:
 
         `stage` None means that the run is finished.
         """
+        if process()[0]:
+            return
         if step:
             self.peak_mib = max(self.peak_mib, memory_mib(model.wte.weight.device)[1])
         weights = lora.adapter_state(model, stage.block) if step else {}
@@ -509,12 +594,14 @@ class Run:
         """Take up where `state` was saved: counters, and metrics.jsonl cut back to that moment."""
         self.backed_up, self.scaler = state["backed_up"], state["scaler"]
         self.seconds, self.peak_mib = state["seconds"], state["peak_mib"]
-        os.truncate(self.folder / "metrics.jsonl", state["metrics_bytes"])
+        if process()[0] == 0:
+            os.truncate(self.folder / "metrics.jsonl", state["metrics_bytes"])
 
 
 def say(text=""):
-    """Print at once, also into a pipe or a log file."""
-    print(text, flush=True)
+    """Print at once, also into a pipe or a log file; process 0 alone speaks."""
+    if process()[0] == 0:
+        print(text, flush=True)
 
 
 def run_stages(run, model, state, device):
@@ -560,6 +647,8 @@ def open_folder(training, resume, overwrite):
         the folder and the open lock file.
     """
     folder = Path(training.folder) / training.run_id
+    if process()[0]:
+        return folder, contextlib.nullcontext()
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
     try:
@@ -636,6 +725,29 @@ def print_plan(run, device):
     run.record("plan", stages=[asdict(stage) for stage in run.stages])
 
 
+def open_run(run, resume, data, digest, device):
+    """Write config.json, or check it and rebuild the run from its checkpoint.
+
+    Returns:
+        model, and the state to go on from (None at the beginning).
+    """
+    folder, training = run.folder, run.training
+    if (folder / "config.json").exists():
+        check_same_config(folder, run.model_config, training, data, digest)
+        if (folder / "checkpoint.pt").exists():
+            model, state = load_run(folder, device=device, resume=True)
+            run.restore(state)
+            return model, state
+    else:
+        if resume:
+            say(f"there is no run {training.run_id} to resume; starting it")
+        text = json.dumps({"model": asdict(run.model_config), "training": asdict(training),
+                           "data": asdict(data), "tokens_sha256": digest}, indent=1)
+        write_atomically(folder / "config.json", text.encode())
+    torch.manual_seed(1000 * training.seed)  # the embeddings'; the blocks' follow in begin_stage
+    return GPT(run.model_config, blocks=0).to(device), None
+
+
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train GPT-2 block by block by mask diffusion.")
@@ -655,39 +767,31 @@ def main(argv=None):
     if not training.time_step_masking and model_config.attention_mode != "causal":
         raise UserError("training.time_step_masking=false (next-token training) needs "
                         "model.attention_mode=causal")
-    device = pick_device(training.device)
+    device = start_processes(pick_device(training.device))
     stages = fusion_schedule(model_config, training)
     if min(stage.steps for stage in stages) < 1:
         raise UserError(f"training.max_steps={training.max_steps} leaves a block without a step")
-    tokens = load_tokens(data, "train", model_config.vocab_size)
-    val_tokens = load_tokens(data, "val", model_config.vocab_size)
+    rows = training.batch_size * training.gradient_accumulation
+    if rows % process()[1]:
+        raise UserError(f"training.batch_size x gradient_accumulation = {rows} rows cannot be "
+                        f"shared equally by {process()[1]} processes")
+    with process_0_first():
+        tokens = load_tokens(data, "train", model_config.vocab_size)
+        val_tokens = load_tokens(data, "val", model_config.vocab_size)
+        pretrained = None
+        if model_config.init_from != "scratch":
+            try:
+                _, pretrained = read_pretrained(model_config.init_from, model_config, data.folder)
+            except ValueError as error:
+                raise UserError(f"model.init_from: {error}") from None
     val_rows = validation_rows(val_tokens, model_config.seq_len, training.eval_rows)
     batch_of(tokens, model_config, training, stages[0], 0)  # fails now if the text is too short
 
-    pretrained = None
-    if model_config.init_from != "scratch":
-        try:
-            _, pretrained = read_pretrained(model_config.init_from, model_config, data.folder)
-        except ValueError as error:
-            raise UserError(f"model.init_from: {error}") from None
-
     digest = hashlib.sha256(tokens).hexdigest()
-    folder, lock = open_folder(training, args.resume, args.overwrite)
-    run = Run(folder, model_config, training, tokens, val_rows, stages)
-    run.pretrained = pretrained
-    torch.manual_seed(1000 * training.seed)  # the embeddings'; the blocks' follow in begin_stage
-    model, state = GPT(model_config, blocks=0).to(device), None
-    if (folder / "config.json").exists():
-        check_same_config(folder, model_config, training, data, digest)
-        if (folder / "checkpoint.pt").exists():
-            model, state = load_run(folder, device=device, resume=True)
-            run.restore(state)
-    else:
-        if args.resume:
-            say(f"there is no run {training.run_id} to resume; starting it")
-        text = json.dumps({"model": asdict(model_config), "training": asdict(training),
-                           "data": asdict(data), "tokens_sha256": digest}, indent=1)
-        write_atomically(folder / "config.json", text.encode())
+    run = Run(model_config, training, tokens, val_rows, stages, pretrained)
+    with process_0_first():
+        run.folder, lock = open_folder(training, args.resume, args.overwrite)
+        model, state = open_run(run, args.resume, data, digest, device)
     if state and state["finished"]:
         say(f"run {training.run_id} is finished; python evaluate_gpt2.py --run {training.run_id}")
         return 0
@@ -695,7 +799,8 @@ def main(argv=None):
     def stop(*_):
         run.stop = True
 
-    with lock, open(folder / "metrics.jsonl", "a" if state else "w") as run.metrics:
+    metrics = os.devnull if process()[0] else run.folder / "metrics.jsonl"
+    with lock, open(metrics, "a" if state else "w") as run.metrics:
         if state:
             say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
         else:
@@ -707,11 +812,15 @@ def main(argv=None):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if not finished:
-            say(f"stopped and saved in {folder}; go on with the same command and --resume")
+            say(f"stopped and saved in {run.folder}; go on with the same command and --resume")
             return 130
-        result = report(folder, model, say=say)
-        write_atomically(folder / "eval.json", json.dumps(result, indent=1).encode())
-    say(f"\nall of it is in {folder}; python evaluate_gpt2.py --run {training.run_id} repeats this")
+        if process()[0] == 0:
+            result = report(run.folder, model, say=say)
+            write_atomically(run.folder / "eval.json", json.dumps(result, indent=1).encode())
+    say(f"\nall of it is in {run.folder}; python evaluate_gpt2.py --run {training.run_id} repeats "
+        f"this")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0
 
 

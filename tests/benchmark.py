@@ -63,6 +63,7 @@ class Variant:
             train.begin_stage(self.model, stage, self.training)
             quant.freeze_block(self.model, stage.block, self.training.quantization_type)
         self.optimizer = train.begin_stage(self.model, self.stage, self.training)
+        self.loss_of = train.stage_loss(self.model, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.taken = 0
 
@@ -70,8 +71,8 @@ class Variant:
         """Take a training step. -> seconds"""
         start = time.perf_counter()
         batch = train.batch_of(self.tokens, self.config, self.training, self.stage, self.taken)
-        _, norm = train.train_step(self.model, self.optimizer, self.scaler, batch, self.stage,
-                                   self.training, self.dtype)
+        _, norm = train.train_step(self.loss_of, self.optimizer, self.scaler, batch,
+                                   self.training, self.device, self.dtype)
         norm.item()  # on a GPU: wait for the step to end
         self.taken += 1
         return time.perf_counter() - start

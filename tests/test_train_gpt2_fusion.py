@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import evaluate_gpt2
 import lora
 import quant
 import train_gpt2_fusion as train
+from conftest import ROOT
 from model import GPT, ModelConfig
 from train_gpt2_fusion import TrainingConfig, fusion_schedule, standard_config
 
@@ -194,7 +197,8 @@ def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes():
         tokens = torch.randint(257, (5000,)).numpy().astype("uint16")
         for step in range(4):
             batch = train.batch_of(tokens, config, training, stage, step)
-            train.train_step(model, optimizer, scaler, batch, stage, training, torch.float32)
+            train.train_step(train.stage_loss(model, stage), optimizer, scaler, batch, training,
+                             torch.device("cpu"), torch.float32)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]) == (name not in trains), name
         quant.freeze_block(model, stage.block, "int4")
@@ -456,3 +460,55 @@ def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
             other = source[0, name.replace(f"norms.{block}", "norms.0")]
             assert torch.allclose(tensor, other, atol=1e-6), name
     fails(toy(**again | {"training__run_id": "wrong"}, model__d_model=64), capsys, "d_model=32")
+
+
+# --- more than one process -------------------------------------------------------------------
+
+
+def assert_same_course(folder, other):
+    """Two runs logged the same losses and gradient norms, within what fp32 rounds away."""
+    for kind, keys in (("step", ("loss", "grad_norm")), ("validation", ("cross_entropy",))):
+        for a, b in zip(metrics(folder, kind), metrics(other, kind), strict=True):
+            assert a["step"] == b["step"] and a["stage"] == b["stage"]
+            for key in keys:
+                assert a[key] == pytest.approx(b[key], abs=1e-5), (kind, key, a["step"])
+
+
+def test_gradient_accumulation_changes_nothing(toy):
+    for rows in (8, 2):
+        assert train.main(toy(training__batch_size=rows, training__run_id=f"by-{rows}",
+                              training__gradient_accumulation=8 // rows)) == 0  # fmt: skip
+    assert_same_course(toy.folder.with_name("by-8"), toy.folder.with_name("by-2"))
+
+
+def test_two_processes_train_as_one(toy, tmp_path):
+    assert train.main(toy(training__batch_size=8, training__run_id="one")) == 0
+    # By torchrun, as a user starts it; the tests' made-up vocabulary has to come along.
+    script = tmp_path / "two.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, data_loader, train_gpt2_fusion
+torch.set_num_threads(1)
+data_loader.gpt2_ranks = lambda folder: {{bytes([b]): b for b in range(256)}}
+sys.exit(train_gpt2_fusion.main(sys.argv[1:]))
+""")
+    # 8 rows for both: each process takes 4 of them, in micro-batches of 2.
+    arguments = toy(training__batch_size=2, training__gradient_accumulation=4,
+                    training__run_id="two")  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+               str(script), *arguments]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stage 3  step     3/3  loss") == 1  # process 0 alone speaks
+    one, two = toy.folder.with_name("one"), toy.folder.with_name("two")
+    assert_same_course(one, two)
+    bounds = [json.loads((run / "eval.json").read_text())["nelbo_12"] for run in (one, two)]
+    assert bounds[0] == pytest.approx(bounds[1], abs=1e-5)
+    for name, tensor in weights(one).items():  # AdamW enlarges what rounding does to tiny gradients
+        assert (tensor - weights(two)[name]).abs().mean() < 1e-6, name
+
+
+def test_rows_that_processes_cannot_share_are_refused(toy, monkeypatch, capsys):
+    monkeypatch.setattr(train, "process", lambda: (0, 3))
+    assert train.main(toy(training__batch_size=4)) == 2
+    assert "4 rows cannot be shared equally by 3 processes" in capsys.readouterr().err
