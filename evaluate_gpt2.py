@@ -14,6 +14,7 @@ sampling, and the report. All figures are in nats per token unless a name says o
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -315,6 +316,21 @@ def memory_mib(device, reset=False):
     return now, memory_mib.peak
 
 
+def keep_freed_memory(return_now=False):
+    """Let glibc keep what a step frees, for the next step to use again.
+
+    By default it gives every large tensor back to the kernel and gets it anew, page by page and
+    zeroed, which costs a CPU training step 10 to 30 % of its time. return_now: give back all that
+    is free at this moment. Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back ...
+        if return_now:
+            libc.malloc_trim(0)  # ... but here
+
+
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
@@ -540,6 +556,7 @@ def main(argv=None):
     if args.compare:
         compare([Path(args.folder) / run for run in args.compare])
         return 0
+    keep_freed_memory()
     folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
     device = pick_device(args.device)
     if args.precision == "all":

@@ -36,8 +36,8 @@ import lora
 import quant
 from data_loader import (DataConfig, UserError, load_config, load_tokens, n_rows, one_line_errors,
                          training_rows, validation_rows, write_atomically)
-from evaluate_gpt2 import (load_run, memory, memory_mib, pick_device, read_config, report,
-                           row_noise, score)
+from evaluate_gpt2 import (keep_freed_memory, load_run, memory, memory_mib, pick_device,
+                           read_config, report, row_noise, score)
 from model import (GPT, ModelConfig, autocast, compute_type, corrupt, diffusion_loss,
                    read_pretrained, stratified, time_steps_of)
 
@@ -609,6 +609,7 @@ def run_stages(run, model, state, device):
     training, stages = run.training, run.stages
     first, step = (state["stage"], state["step"]) if state else (0, 0)
     for stage in stages[first:]:
+        keep_freed_memory(return_now=True)  # the stage before held more
         memory_mib(device, reset=True)
         optimizer = begin_stage(model, stage, training, run.pretrained)
         if step:
