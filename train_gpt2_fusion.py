@@ -423,7 +423,7 @@ def check_finite(pending, stage, step, scaler, optimizer):
         m = ", ".join(f"{m:g}" for m in sorted(set(batch[3][rows].tolist())))
         raise UserError(f"the loss is {ce.mean().item()}, the gradient norm {grad_norm.item()}, in "
                         f"stage {stage.index + 1} (block {stage.block}) at step {number}, time "
-                        f"step {m}, row {', '.join(map(str, rows))} of its batch; {lower}")
+                        f"step {m}, row {', '.join(map(str, rows[:8]))} of its batch; {lower}")
     kept = optimizer.state.items() if optimizer else ()
     if not all(t.isfinite().all() for p, state in kept for t in (p, *state.values())):
         raise UserError(f"weights or optimizer state of stage {stage.index + 1} (block "
@@ -469,8 +469,10 @@ class Run:
 
     def record(self, event, **values):
         """Append a line to metrics.jsonl, opened unbuffered. OSError names it (a full disk)."""
+        line = (json.dumps({"event": event, **values}) + "\n").encode()
         try:
-            self.metrics.write((json.dumps({"event": event, **values}) + "\n").encode())
+            while line:  # what a full disk leaves of it makes the next write fail
+                line = line[self.metrics.write(line) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.metrics.name) from error
 
