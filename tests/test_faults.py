@@ -202,7 +202,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(toy, no_report, monkeypatch
     limits, real = resource.getrlimit(resource.RLIMIT_FSIZE), train.train_step
     for case, (step, room, name) in enumerate([
         (0, 100, "config.json"), (1, 50_000, "checkpoint.pt"), (5, 150_000, "block_0.pt"),
-        (8, 100_000, "checkpoint.pt"), (9, None, "metrics.jsonl"),  # None: in the middle of a line
+        (8, 100_000, "checkpoint.pt"), (8, None, "metrics.jsonl"),  # None: in the middle of a line
     ]):  # fmt: skip
         count = [0]
 
