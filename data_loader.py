@@ -47,7 +47,10 @@ class UserError(Exception):
 
 
 def one_line_errors(main):
-    """Decorate a script's main(argv): UserError and OSError become one line and status 2."""
+    """Decorate a script's main(argv): what a user can mend becomes one line and status 2.
+
+    That is UserError, OSError and a lack of memory; Ctrl-C ends in one line and status 130.
+    """
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -56,6 +59,14 @@ def one_line_errors(main):
         except (UserError, OSError) as error:
             named = getattr(error, "filename", None)
             text = f"{named}: {error.strerror}" if named else str(error)
+        except (MemoryError, RuntimeError) as error:  # on a CPU torch has no type of its own for it
+            if not re.search("MemoryError|t allocate memory", repr(error)):
+                raise
+            text = ("out of memory: halve training.batch_size and double "
+                    "training.gradient_accumulation, or choose a smaller model")
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         print("error:", " ".join(text.split()), file=sys.stderr)
         return 2
 
@@ -219,7 +230,9 @@ def load_config(path, sections, preset=None, overrides=()):
             for key, value in mapping(entries, f"{where}: {section}").items():
                 if key not in kinds[section]:
                     owner = {k: name for name in [*kinds, section] for k in kinds[name]}
-                    meant = difflib.get_close_matches(str(key), owner, 1, cutoff=0)[0]
+                    meant = "".join(word[:1] for word in str(key).split("_"))  # learning_rate
+                    if meant not in owner:
+                        meant = difflib.get_close_matches(str(key), owner, 1, cutoff=0)[0]
                     raise UserError(f"{where}: unknown key {section}.{key}: "
                                     f"did you mean {owner[meant]}.{meant}?")
                 kind = kinds[section][key]
@@ -237,7 +250,11 @@ def load_config(path, sections, preset=None, overrides=()):
         try:
             built[section] = sections[section](**values[section])
         except ValueError as error:
-            raise UserError(f"{path}: {section}: {error}") from error
+            # The last place that gives a key which the message names is the one to mend.
+            named = set(re.findall(r"\w+", str(error)))
+            where = [place for place, layer in layers for entries in mapping(layer, place).values()
+                     if named & mapping(entries, place).keys()]
+            raise UserError(f"{[path, *where][-1]}: {section}: {error}") from error
     return {section: built[section] for section in sections}
 
 
@@ -493,21 +510,30 @@ def made_from(config):
     return facts
 
 
-def prepare(config):
-    """Make english_10k.jsonl and meta.json in the data folder. Returns meta.
+def prepared(config):
+    """meta.json, if it and english_10k.jsonl are there and match source and num_examples, or None.
 
-    Does nothing where they are there and match source, num_examples and sha256. The same
-    config gives the same bytes on every machine. UserError: see fetch_wheel, read_documents,
-    choose; and where english_10k.jsonl is no longer what was written.
+    UserError where english_10k.jsonl is no longer what was written.
     """
-    folder = Path(config.folder)
-    path = folder / EXAMPLES
+    path = Path(config.folder) / EXAMPLES
     with contextlib.suppress(FileNotFoundError, ValueError, AttributeError, KeyError):
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = json.loads(path.with_name("meta.json").read_bytes())
         if path.exists() and made_from(config).items() <= meta.items():
             read_checked(path, meta["sha256"][EXAMPLES])
             return meta
 
+
+def prepare(config):
+    """Make english_10k.jsonl and meta.json in the data folder unless `prepared`. Returns meta.
+
+    The same config gives the same bytes on every machine. UserError: see prepared, fetch_wheel,
+    read_documents, choose.
+    """
+    meta = prepared(config)
+    if meta:
+        return meta
+    folder = Path(config.folder)
+    path = folder / EXAMPLES
     print(f"data: preparing {folder} from {config.source}", flush=True)
     documents = read_documents(config)
     encoding = tokenizer(GPT2_VOCAB_SIZE, config.folder)
@@ -614,7 +640,9 @@ def main(argv=None):
     given = {"source": args.source, "num_examples": args.num_examples}
     overrides = [f"data.{k}={json.dumps(v)}" for k, v in given.items() if v is not None]
     config = load_config(args.config, {"data": DataConfig}, overrides=overrides)["data"]
-    print(json.dumps(prepare(config), indent=2))
+    if prepared(config):
+        print(f"data: {config.folder} is complete already: nothing to do")
+    prepare(config)
     gpt2_ranks(config.folder)  # complete means: offline from here on
 
 

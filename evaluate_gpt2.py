@@ -60,15 +60,19 @@ def read_config(folder):
     def tuples(value):
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    config = json.loads(path.read_text())
-    model = {key: tuples(value) for key, value in config["model"].items()}
-    training = {key: tuples(value) for key, value in config["training"].items()}
-    return ModelConfig(**model), training, DataConfig(**config["data"])
+    try:
+        config = json.loads(path.read_text())
+        model = {key: tuples(value) for key, value in config["model"].items()}
+        training = {key: tuples(value) for key, value in config["training"].items()}
+        return ModelConfig(**model), training, DataConfig(**config["data"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): put the right one back") from error
 
 
 def read_metrics(folder, event=None):
     """The lines of a run's metrics.jsonl, as dicts; only those of one event if it is given."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may leave half a line
     return [line for line in lines if event in (None, line["event"])]
 
 
@@ -532,12 +536,14 @@ def pick_device(name):
     """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {name} is not available here; use training.device=cpu")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from None
+        if there.get(name.split(":")[0]):
+            return torch.device(name)
+    except RuntimeError:  # cpu:x
+        pass
+    raise UserError(f"device {name!r} is unknown or not available here; use auto, cpu, cuda or mps")
 
 
 @one_line_errors

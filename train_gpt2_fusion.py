@@ -37,7 +37,7 @@ import quant
 from data_loader import (DataConfig, UserError, load_config, load_tokens, n_rows, one_line_errors,
                          training_rows, validation_rows, write_atomically)
 from evaluate_gpt2 import (keep_freed_memory, load_run, memory, memory_mib, pick_device,
-                           read_config, report, row_noise, score)
+                           read_config, read_metrics, report, row_noise, score)
 from model import (GPT, ModelConfig, autocast, compute_type, corrupt, diffusion_loss,
                    read_pretrained, stratified, time_steps_of)
 
@@ -450,7 +450,6 @@ def train_stage(run, model, optimizer, stage, step):
     training, device = run.training, model.wte.weight.device
     dtype = compute_type(device, training.compute_type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run.scaler_on = scaler.is_enabled()
     if run.scaler:
         scaler.load_state_dict(run.scaler)
     loss_of = stage_loss(model, stage)
@@ -464,7 +463,7 @@ def train_stage(run, model, optimizer, stage, step):
             torch.manual_seed(hash((training.seed, stage.index, step)))
         batch = batch_of(run.tokens, model.config, training, stage, step)
         ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, training, device, dtype)
-        pending.append((batch, ce))
+        pending.append((batch, ce, grad_norm))
         step += 1
 
         last = step == stage.steps
@@ -475,6 +474,8 @@ def train_stage(run, model, optimizer, stage, step):
         save = stop or (step % training.checkpoint_interval == 0 and not last)
         log = log or save
         if log:
+            pending = [(batch, gathered(ce), norm) for batch, ce, norm in pending]
+            check_finite(pending, stage, step, scaler, optimizer if save or last else None)
             record = summary(pending, grad_norm, optimizer, device)
         seconds += time.perf_counter() - started
         if log:
@@ -491,20 +492,42 @@ def train_stage(run, model, optimizer, stage, step):
     return True
 
 
+def check_finite(pending, stage, step, scaler, optimizer):
+    """UserError names the first step since the last log line with a loss or gradient not finite.
+
+    Where `optimizer` is given, because its state or the weights are about to be saved, they are
+    looked at too: the last update has not met a loss yet.
+    """
+    lower = "the last checkpoint is as it was; lower training.lr and start a new run"
+    for number, (batch, ce, grad_norm) in enumerate(pending, step + 1 - len(pending)):
+        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
+        if ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite()):
+            continue
+        rows = (~ce.isfinite()).nonzero().flatten().tolist() or list(range(len(ce)))
+        m = ", ".join(f"{m:g}" for m in sorted(set(batch[3][rows].tolist())))
+        raise UserError(f"the loss is {ce.mean().item()}, the gradient norm {grad_norm.item()}, in "
+                        f"stage {stage.index + 1} (block {stage.block}) at step {number}, time "
+                        f"step {m}, row {', '.join(map(str, rows[:8]))} of its batch; {lower}")
+    kept = optimizer.state.items() if optimizer else ()
+    if not all(t.isfinite().all() for p, state in kept for t in (p, *state.values())):
+        raise UserError(f"weights or optimizer state of stage {stage.index + 1} (block "
+                        f"{stage.block}) are not finite after step {step}; {lower}")
+
+
 def summary(pending, grad_norm, optimizer, device):
-    """The figures of a log line, from the (batch, CE by row) of the steps since the last one."""
+    """The figures of a log line, from the (batch, CE by row, ...) of the steps since the last."""
     by_time_step = defaultdict(list)
-    for (_, _, _, mask_fraction), ce in pending:
-        for m, value in zip(mask_fraction.tolist(), gathered(ce).tolist()):
+    for (_, _, _, mask_fraction), ce, _ in pending:
+        for m, value in zip(mask_fraction.tolist(), ce.tolist()):
             by_time_step[m].append(value)
-    masked = [batch[2][:, 1:].float().mean().item() for batch, _ in pending]
+    masked = [batch[2][:, 1:].float().mean().item() for batch, *_ in pending]
     return {
         "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
         "loss_by_time_step": {f"{m:g}": np.mean(by_time_step[m]) for m in sorted(by_time_step)},
         "lr": optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm.item(),
         "masked_fraction": float(np.mean(masked)),
-        "tokens": sum(batch[0].numel() for batch, _ in pending),
+        "tokens": sum(batch[0].numel() for batch, *_ in pending),
         "memory_mib": memory_mib(device)[0],
     }
 
@@ -524,26 +547,24 @@ class Run:
         self.seconds = 0.0  # training time of the stage so far, validation and saving left out
         self.peak_mib = 0.0
         self.backed_up = 0
-        self.scaler, self.scaler_on = {}, False
+        self.scaler = {}
+        self.losses = defaultdict(list)  # the logged ones of each stage
         self.metrics = None
 
     def record(self, event, **values):
-        """Append a line to metrics.jsonl."""
-        self.metrics.write(json.dumps({"event": event, **values}) + "\n")
-        self.metrics.flush()
+        """Append a line to metrics.jsonl, opened unbuffered. OSError names it (a full disk)."""
+        line = (json.dumps({"event": event, **values}) + "\n").encode()
+        try:
+            while line:  # what a full disk leaves of it makes the next write fail
+                line = line[self.metrics.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.metrics.name) from error
 
     def log_step(self, stage, step, record, seconds):
-        """Print and record a log line; stop the run on a loss that is not finite."""
+        """Print and record a log line, and a note on a loss far above those before it."""
         tokens = record.pop("tokens")
         speed = tokens / seconds
         self.seconds += seconds
-        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
-        if not math.isfinite(record["loss"] + (0 if self.scaler_on else record["grad_norm"])):
-            bad = [m for m, ce in record["loss_by_time_step"].items() if not math.isfinite(ce)]
-            raise UserError(f"the loss is {record['loss']}, the gradient norm "
-                            f"{record['grad_norm']}, in stage {stage.index + 1} within the "
-                            f"{self.training.log_interval} steps before {step}, time step "
-                            f"{', '.join(bad) or 'unknown'}; lower training.lr and start a new run")
         self.record("step", stage=stage.index, block=stage.block, step=step, **record,
                     tokens_per_second=speed)
         left = sum((s.steps - (step if s is stage else 0)) * matmul_flops(s, self.model_config)
@@ -552,6 +573,13 @@ class Run:
         say(f"stage {stage.index + 1}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.1e}  grad {record['grad_norm']:5.2f}  {speed:7,.0f} tokens/s  "
             f"{record['memory_mib']:6,.0f} MiB  eta {clock(eta)}")
+        before = self.losses[stage.index][-10:]
+        usual = float(np.median(before or [math.inf]))
+        if len(before) > 4 and record["loss"] > usual + max(0.5, max(before) - min(before)):
+            say(f"note: a loss of {record['loss']:.4f}, where {usual:.4f} is usual (the median of "
+                f"the last {len(before)} log lines); if it stays there, lower training.lr")
+            self.record("loss_jump", stage=stage.index, step=step, loss=record["loss"], usual=usual)
+        self.losses[stage.index].append(record["loss"])
 
     def log_validation(self, stage, step, cross_entropy, accuracy):
         """Print and record the validation figures of the exit in training."""
@@ -596,6 +624,8 @@ class Run:
         self.seconds, self.peak_mib = state["seconds"], state["peak_mib"]
         if process()[0] == 0:
             os.truncate(self.folder / "metrics.jsonl", state["metrics_bytes"])
+        for line in read_metrics(self.folder, "step"):
+            self.losses[line["stage"]].append(line["loss"])
 
 
 def say(text=""):
@@ -658,9 +688,12 @@ def open_folder(training, resume, overwrite):
         raise UserError(f"run {training.run_id} is being trained by another process") from None
     if (folder / "config.json").exists() and not resume:
         if not overwrite:
-            raise UserError(f"run {training.run_id} exists; continue it with --resume, train it "
-                            f"anew with --overwrite (the old run is moved aside), or choose "
-                            f"training.run_id=NAME")
+            path = folder / "checkpoint.pt"
+            ended = path.exists() and quant.load_file(path)["finished"]
+            how = (f"is finished; evaluate it (python evaluate_gpt2.py --run {training.run_id})"
+                   if ended else "exists; continue it with --resume")
+            raise UserError(f"run {training.run_id} {how}, train it anew with --overwrite (the old "
+                            f"run is moved aside), or choose training.run_id=NAME")
         number = 1
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
@@ -674,9 +707,7 @@ def open_folder(training, resume, overwrite):
 def check_same_config(folder, model_config, training, data, text_digest):
     """Refuse to resume a run under a configuration or on a text that would make it another run."""
     old_model, old_training, old_data = read_config(folder)
-    if json.loads((folder / "config.json").read_text())["tokens_sha256"] != text_digest:
-        raise UserError(f"the training text has changed since run {training.run_id} began; put the "
-                        f"old one back, or choose training.run_id=NAME")
+    differing = []
     pairs = [("model", asdict(old_model), asdict(model_config)),
              ("training", old_training, asdict(training)),
              ("data", asdict(old_data), asdict(data))]
@@ -688,7 +719,13 @@ def check_same_config(folder, model_config, training, data, text_digest):
             if section == "training" and key in MAY_CHANGE:
                 say(f"note: {text}")
             else:
-                raise UserError(f"{text}; --resume needs it as it was")
+                differing.append(text)
+    if differing:
+        raise UserError(f"{'; '.join(differing)}: --resume needs this as it was; to train it as "
+                        f"it is now, choose training.run_id=NAME")
+    if json.loads((folder / "config.json").read_text())["tokens_sha256"] != text_digest:
+        raise UserError(f"the training text has changed since run {training.run_id} began; put the "
+                        f"old one back, or choose training.run_id=NAME")
 
 
 def print_plan(run, device):
@@ -793,16 +830,19 @@ def main(argv=None):
     with process_0_first():
         run.folder, lock = open_folder(training, args.resume, args.overwrite)
         model, state = open_run(run, args.resume, data, digest, device)
-    if state and state["finished"]:
-        say(f"run {training.run_id} is finished; python evaluate_gpt2.py --run {training.run_id}")
+    if state and state["finished"] and (run.folder / "eval.json").exists():
+        say(f"run {training.run_id} is finished, nothing to resume; evaluate it (python "
+            f"evaluate_gpt2.py --run {training.run_id}), or train it anew with --overwrite")
         return 0
 
     def stop(*_):
         run.stop = True
 
     metrics = os.devnull if process()[0] else run.folder / "metrics.jsonl"
-    with lock, open(metrics, "a" if state else "w") as run.metrics:
-        if state:
+    with lock, open(metrics, "ab" if state else "wb", 0) as run.metrics:
+        if state and state["finished"]:
+            say("training is finished; only its evaluation is missing")
+        elif state:
             say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
         else:
             print_plan(run, device)

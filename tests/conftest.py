@@ -14,6 +14,21 @@ torch.set_num_threads(1)  # toy sizes: a second thread costs more than it brings
 WORDS = "the people of this union have seen peace and war in every state of our country".split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the long campaigns (README.md)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a long campaign, run with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not config.getoption("--slow"):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """Command-line arguments of a toy run on made-up text: bytes as vocabulary, no network.

@@ -164,7 +164,9 @@ def test_sections_not_asked_for_are_not_checked(tmp_path):
     ("", ["lr=3"], ["lr=3", "section.key=value"]),
     ("", ["training.lr=[1"], ["command line", "training.lr"]),
     ("", ["training.rl=1"], ["command line", "training.rl", "training.lr"]),
-    ("", ["data.num_examples=3"], ["data: num_examples must be at least 10"]),
+    ("", ["data.num_examples=3"], ["command line: data: num_examples must be at least 10"]),
+    ("model: {d_model: 8}", ["model.d_model=6"], ["command line: model: d_model must be a mult"]),
+    ("", ["training.learning_rate=1"], ["training.learning_rate: did you mean training.lr?"]),
 ])
 def test_config_errors_are_one_line_that_names_the_key(tmp_path, text, overrides, words):
     with pytest.raises(UserError) as caught:
@@ -196,8 +198,14 @@ def test_one_line_errors(capsys, tmp_path):
     assert capsys.readouterr().err == "error: a.bin: Permission denied\n"
     assert d.one_line_errors(lambda argv=None: None)() == 0
     assert d.one_line_errors(lambda argv=None: 3)([]) == 3
-    with pytest.raises(KeyError):                        # a bug stays a traceback
-        failing(KeyError("x"))()
+    for error in (KeyError("x"), RuntimeError("x")):     # a bug stays a traceback
+        with pytest.raises(type(error)):
+            failing(error)()
+    for too_much in (torch.empty, np.empty):
+        assert d.one_line_errors(lambda argv=None: too_much(10**15))() == 2
+        assert "error: out of memory: halve training.batch_size" in capsys.readouterr().err
+    assert failing(KeyboardInterrupt())() == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_failing_write_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
@@ -507,6 +515,9 @@ def test_main_prepares(tmp_path, small_bpe, capsys):
     assert d.main(["--prepare", "--source", config.source, "--num-examples", "20",
                    "--config", str(tmp_path / "c.yaml")]) == 0
     assert "18 + 2 passages" in capsys.readouterr().out
+    assert d.main(["--prepare", "--source", config.source, "--num-examples", "20",
+                   "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "complete already: nothing to do" in capsys.readouterr().out
     for mistake in ([], ["--prepare", "--num-examples", "many"]):
         with pytest.raises(SystemExit):
             d.main(mistake)
@@ -534,19 +545,20 @@ def test_tokens_are_the_examples_with_separators(tmp_path, small_bpe):
     assert not np.array_equal(tokens, d.load_tokens(other, "val", SMALL_VOCAB))
 
 
-def test_any_flipped_byte_of_a_token_file_is_named(tmp_path, small_bpe):
+@pytest.mark.parametrize("name", ["val_257.bin", d.EXAMPLES])
+def test_any_flipped_byte_of_a_token_file_is_named(tmp_path, small_bpe, name):
     config = own_source(tmp_path, prose(300), num_examples=20)
     d.load_tokens(config, "val", 257)
-    path = Path(config.folder) / "val_257.bin"
+    path = Path(config.folder) / name
     good = path.read_bytes()
     for position in random.Random(0).sample(range(len(good)), 50):
         bad = bytearray(good)
         bad[position] ^= 1 << position % 8
         path.write_bytes(bad)
-        with pytest.raises(UserError, match="val_257.bin is damaged.*delete it"):
+        with pytest.raises(UserError, match=f"{name} is damaged.*delete it"):
             d.load_tokens(config, "val", 257)
     path.write_bytes(good[:-2])
-    with pytest.raises(UserError, match="val_257.bin is damaged"):
+    with pytest.raises(UserError, match=f"{name} is damaged"):
         d.load_tokens(config, "val", 257)
     path.unlink()
     d.load_tokens(config, "val", 257)

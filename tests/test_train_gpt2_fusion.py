@@ -36,6 +36,10 @@ def weights(folder):
     }
 
 
+class Killed(BaseException):
+    """In place of SIGKILL: nothing catches it."""
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -238,9 +242,6 @@ def test_a_stopped_run_ends_as_one_that_was_never_stopped(toy, stop_after, fusio
     assert train.main(toy(**settings, training__run_id="whole")) == 0
     whole = toy.folder.with_name("whole")
 
-    class Killed(BaseException):
-        pass
-
     real, count = train.train_step, [0]
 
     def step_then_die(*args):
@@ -268,11 +269,11 @@ def test_a_backup_that_no_checkpoint_counts_is_moved_aside(toy, monkeypatch):
     def step_then_die(*args):
         count[0] += 1
         if count[0] == 4:
-            raise KeyboardInterrupt
+            raise Killed
         return real(*args)
 
     monkeypatch.setattr(train, "train_step", step_then_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train.main(toy())
     monkeypatch.setattr(train, "train_step", real)
     backup = toy.folder / "backup"
@@ -321,11 +322,11 @@ def test_a_run_stopped_in_stage_2_can_be_evaluated(toy, monkeypatch, capsys):
     def step_then_stop(*args):
         count[0] += 1
         if count[0] == 8:
-            raise KeyboardInterrupt
+            raise Killed
         return real(*args)
 
     monkeypatch.setattr(train, "train_step", step_then_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train.main(toy())
     assert evaluate_gpt2.main(["--folder", str(toy.folder.parent)]) == 0
     assert evaluate_gpt2.load_run(toy.folder).blocks in (1, 2)
@@ -375,7 +376,7 @@ def test_an_existing_run_is_not_overwritten(toy, capsys):
     assert train.main(toy()) == 0
     before = weights(toy.folder)
     capsys.readouterr()
-    fails(toy(), capsys, "--resume", "--overwrite")
+    fails(toy(), capsys, "finished", "--overwrite")
     fails([*toy(training__lr="9e-4"), "--resume"], capsys, "training.lr", "0.0009")
     fails([*toy(), "--resume", "--overwrite"], capsys, "exclude")
     assert same(before, weights(toy.folder))
