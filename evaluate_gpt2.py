@@ -6,6 +6,8 @@
     python evaluate_gpt2.py --precision all       a table of every storage
     python evaluate_gpt2.py --compare tiny other  runs side by side
     python evaluate_gpt2.py --prompt "The people of" --full
+    python evaluate_gpt2.py --run tiny --export tiny-gpt2     the last exit as a Hugging Face GPT-2
+    python evaluate_gpt2.py --run tiny-gpt2 --precision all   such weights in every storage
 
 Read from top to bottom: `load_run` (a run rebuilt from disk), `score` (the one primitive that all
 metrics use), the metrics (`nelbo_12`, `nelbo`, `left_to_right`, `unigram_entropy`), `memory`,
@@ -21,7 +23,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ import quant
 from data_loader import (DataConfig, UserError, load_tokens, one_line_errors, token_bytes,
                          tokenizer, validation_rows, write_atomically)
 from model import (GPT, ModelConfig, autocast, block_of, compute_type, corrupt, diffusion_loss,
-                   reverse_step, sample_tokens)
+                   read_pretrained, reverse_step, sample_tokens)
 
 ROWS = 100  # validation rows scored by default
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
@@ -50,8 +52,29 @@ def newest_run(folder="checkpoints"):
     return runs[-1].parent
 
 
+def is_pretrained(path):
+    """Whether a path is not a run but a file or folder in Hugging Face's GPT-2 layout."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    return path.is_file() or any((path / name).is_file() for name in names)
+
+
 def read_config(folder):
-    """A run's configuration: (ModelConfig, dict of `training:`, DataConfig)."""
+    """A run's configuration: (ModelConfig, dict of `training:`, DataConfig).
+
+    Pretrained weights get what an evaluation needs: one block, rows of at most 256 tokens, and the
+    text that data/ holds.
+    """
+    if is_pretrained(Path(folder)):
+        try:
+            model, _ = read_pretrained(folder)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        model = replace(model, seq_len=min(model.seq_len, ModelConfig.seq_len))
+        meta = Path(DataConfig.folder) / "meta.json"
+        kept = json.loads(meta.read_text()) if meta.exists() else {}
+        data = {key: kept[key] for key in ("source", "num_examples") if key in kept}
+        training = {"seed": 0, "compute_type": "auto", "time_step_masking": False}
+        return model, training, DataConfig(**data)
     path = Path(folder) / "config.json"
     if not path.exists():
         have = sorted(path.parent.name for path in Path(folder).parent.glob("*/config.json"))
@@ -80,7 +103,8 @@ def load_run(folder, precision=None, device="cpu", resume=False):
     """Rebuild a run's model from disk: the one place that does, for evaluation and --resume.
 
     Finished blocks come from their backups and are stored in `precision` (None: the run's own
-    quantization_type); the block in training, if there is one, from checkpoint.pt in fp32.
+    quantization_type); the block in training, if there is one, and what plain QLoRA trained, from
+    checkpoint.pt in fp32.
 
     Args:
         folder: checkpoints/<run_id>. precision: one of quant.KINDS or None.
@@ -95,6 +119,10 @@ def load_run(folder, precision=None, device="cpu", resume=False):
     """
     folder = Path(folder)
     config, training, _ = read_config(folder)
+    if is_pretrained(folder):
+        model = GPT.from_pretrained(folder, config)
+        quant.freeze_block(model, 0, precision or "fp32")
+        return model.to(device)
     kind = precision or training["quantization_type"]
     checkpoint = folder / "checkpoint.pt"
     state = quant.load_file(checkpoint) if checkpoint.exists() else None
@@ -110,7 +138,7 @@ def load_run(folder, precision=None, device="cpu", resume=False):
         load_blocks(model, [block], quant.read_backup(folder / "backup", block), block, training)
         quant.freeze_block(model, block, kind)
         block += 1
-    if state and state["blocks"] > block:
+    if state and (state["blocks"] > block or state["weights"]):
         while model.blocks < state["blocks"]:
             model.grow()
         unfinished = range(block, state["blocks"])
@@ -126,7 +154,7 @@ def load_blocks(model, blocks, state, exit, training):
     any. Strict: UserError names the first tensor that is missing, left over or of another shape."""
     if any("lora_" in name for name in state):
         rank, alpha, dropout = (training[f"qlora_{key}"] for key in ("rank", "alpha", "dropout"))
-        lora.add_adapters(model, exit, rank, alpha, dropout)
+        lora.add_adapters(model, exit, rank, alpha, dropout, plain="mask_row" in state)
     own = lora.adapter_state(model, exit)
     for block in blocks:
         own |= model.block_parameters(block)
@@ -486,29 +514,53 @@ def print_report(folder, result, say=print):
         f'{max(s["peak_mib"] for s in stages):.0f} MiB')
 
 
+def signal_to_noise(linears, exact):
+    """dB from the stored weights' error to the weights, of all matrices together and of the worst
+    one; (None, None) where there is no error."""
+    pairs = [(x.dequantize(), y.dequantize()) for x, y in zip(exact, linears)]
+    signal = [x.square().sum().item() for x, _ in pairs]
+    noise = [(x - y).square().sum().item() for x, y in pairs]
+    if not any(noise):
+        return None, None
+    worst = min(s / n for s, n in zip(signal, noise) if n)
+    return 10 * math.log10(sum(signal) / sum(noise)), 10 * math.log10(worst)
+
+
 def precision_table(folder, device, full=False):
-    """A run in every storage: {kind: figures}, printed as a table. fp32 is the reference."""
+    """A run, or pretrained weights, in every storage: {kind: figures}, printed as a table.
+
+    fp32 is the reference. What was trained without masks is judged left to right.
+    """
     config, training, data = read_config(folder)
     tokens = load_tokens(data, "val", config.vocab_size)
     rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
     table = {}
     print(f"{Path(folder).name}, {len(rows)} validation rows\n")
-    print("storage  layers MiB  bits/weight  all MiB  NELBO_12  perplexity   to fp32  "
-          "left to right, exits 0, 1, ...")
+    name = "NELBO_12" if training["time_step_masking"] else "best l2r"
+    print(f"storage  layers MiB  bits/weight  dB (worst matrix)  all MiB  {name}  perplexity   "
+          "to fp32  left to right (l2r), exits 0, 1, ...")
     for kind in quant.KINDS:
         model = load_run(folder, kind, device).eval()
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
         with autocast(device, compute_type(device, training["compute_type"])):
-            bound, _ = nelbo_12(model, rows, training["seed"])
             exits = left_to_right(model, rows)
+            bound = None
+            if training["time_step_masking"]:
+                bound, _ = nelbo_12(model, rows, training["seed"])
+        nats = min(exits) if bound is None else bound
+        if not table:
+            exact, reference = linears, nats
+        db, worst = signal_to_noise(linears, exact)
         table[kind] = {"linear_bytes": stored, "bits_per_weight": 8 * stored / count,
+                       "signal_to_noise_db": db, "worst_matrix_db": worst,
                        "bytes": memory(model)["total"], "nelbo_12": bound,
-                       "left_to_right": exits}
+                       "left_to_right": exits, "to_fp32": nats - reference}
         print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
-              f'{table[kind]["bytes"] / MIB:7.1f}  {bound:8.4f}  {math.exp(bound):10.1f}  '
-              f'{bound - table["fp32"]["nelbo_12"]:+8.4f}  '
+              f"{f'{db:.2f} ({worst:.2f})' if db else 'exact':>17s}  "
+              f'{table[kind]["bytes"] / MIB:7.1f}  {nats:8.4f}  {math.exp(nats):10.1f}  '
+              f'{nats - reference:+8.4f}  '
               + " ".join(f"{ce:.4f}" for ce in exits or []), flush=True)
     return table
 
@@ -532,6 +584,24 @@ def compare(folders):
               f'{result["nelbo"]:6.3f}  {best:13.3f}')
 
 
+def export(folder, target, precision=None):
+    """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
+    the layout cannot hold it, or `target` holds something already."""
+    if precision == "all":
+        raise UserError("--export writes one precision, not all")
+    if (Path(target) / "config.json").exists():
+        raise UserError(f"{target} holds a model or run already; choose another folder")
+    model = load_run(folder, precision)
+    exit = model.blocks - 1
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    try:
+        lora.merge(model, exit).save_pretrained(target, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"cannot export {folder}: {error}") from None
+    lost = f"exits 0 to {exit - 1} and the [MASK] row" if exit else "the [MASK] row"
+    print(f"exit {exit} of {folder} written to {target}; lost: {lost}, so it is an ordinary GPT-2")
+
+
 def pick_device(name):
     """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
     if name == "auto":
@@ -549,10 +619,13 @@ def pick_device(name):
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
-    parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run")
+    parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run; with --precision "
+                        "all also a path to weights in Hugging Face's GPT-2 layout")
     parser.add_argument("--folder", default="checkpoints", help="where the runs are")
     parser.add_argument("--precision", choices=[*quant.KINDS, "all"],
                         help="rebuild the run in this storage; all: a table of every one")
+    parser.add_argument("--export", metavar="FOLDER", help="write the last exit, adapters merged, "
+                        "in Hugging Face's GPT-2 layout, fp32 (with --precision fp16: fp16)")
     parser.add_argument("--compare", nargs="+", metavar="RUN_ID", help="runs side by side")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="begin the sample with TEXT")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -564,14 +637,21 @@ def main(argv=None):
         return 0
     keep_freed_memory()
     folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
+    if args.run and is_pretrained(Path(args.run)):
+        folder = Path(args.run)
+        if args.precision != "all":
+            raise UserError(f"{folder} holds weights, not a run; add --precision all")
     device = pick_device(args.device)
+    if args.export:
+        export(folder, args.export, args.precision)
+        return 0
     if args.precision == "all":
         result = precision_table(folder, device, args.full)
     else:
         model = load_run(folder, args.precision, device)
         result = report(folder, model, args.full, args.precision, args.prompt)
     name = f"eval_{args.precision}.json" if args.precision else "eval.json"
-    path = Path(args.json or folder / name)
+    path = Path(args.json or (folder.parent if folder.is_file() else folder) / name)
     write_atomically(path, json.dumps(result, indent=1).encode())
     print(f"\nwritten to {path}")
     return 0

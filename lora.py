@@ -75,14 +75,17 @@ def _replace(model, name, module):
     setattr(model.get_submodule(parent), child, module)
 
 
-def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, layers=None):
-    """Put an adapter for `exit` on every linear of model.h[i], i in `layers`.
+def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, plain=False):
+    """Put an adapter for `exit` on every linear of the blocks before the exit.
 
-    layers: by default those of the blocks before the exit. The A are a function of seed and exit.
-    Returns the new parameters, fp32 and trainable.
+    plain: plain QLoRA, adapters on all layers; and the [MASK] row, which pretrained weights lack,
+    becomes a parameter of its own beside the frozen embedding. The A are a function of seed and
+    exit. Returns the adapters' new parameters, fp32 and trainable.
     """
-    if layers is None:
-        layers = range(exit * model.config.block_size)
+    layers = range(model.config.n_layers if plain else exit * model.config.block_size)
+    if plain:
+        row = model.wte.weight[model.config.mask_id].detach()
+        model.mask_row = nn.Parameter(row.float().clone())
     generator = torch.Generator().manual_seed(seed * 1000 + exit)
     parameters = []
     for i in layers:
@@ -102,28 +105,17 @@ def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, layers=None):
 
 
 def adapter_parameters(model, exit):
-    """{name: parameter} of the adapters of `exit`, and nothing else."""
+    """{name: parameter} of the adapters of `exit`, and in plain QLoRA of what is trained beside
+    them, the [MASK] row and the exit norm."""
     ends = (f".lora_A.{exit}", f".lora_B.{exit}")
+    if getattr(model, "mask_row", None) is not None:
+        ends += ("mask_row", f"exit_norms.{exit}.weight", f"exit_norms.{exit}.bias")
     return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
 
 
 def adapter_state(model, exit):
     """{name: tensor} of the adapters of `exit`, detached (views, no copies)."""
     return {name: p.detach() for name, p in adapter_parameters(model, exit).items()}
-
-
-def load_adapter_state(model, exit, state):
-    """Fill the adapters of `exit` in place. ValueError unless names and shapes match exactly."""
-    own = adapter_state(model, exit)
-    for name in sorted(own.keys() | state.keys()):
-        if name not in own or name not in state:
-            where = "model" if name not in own else "state"
-            raise ValueError(f"adapters of exit {exit}: {name} is not in the {where}")
-        if own[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} for {tuple(own[name].shape)}"
-            raise ValueError(f"adapters of exit {exit}: {name} has shape {shapes}")
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
 
 
 def merge(model, exit, kind=None):

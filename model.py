@@ -202,6 +202,7 @@ class GPT(nn.Module):
         self.gradient_checkpointing = False
         self.wte = nn.Embedding(config.rows, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
+        self.mask_row = None  # plain QLoRA trains this row (d,) beside an embedding that is frozen
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList()  # layers
         self.exit_norms = nn.ModuleList()  # exit k reads through exit_norms[k]
@@ -276,8 +277,10 @@ class GPT(nn.Module):
             if hasattr(module, "active_exit"):  # adapters act only when their own exit is read
                 module.active_exit = block
         # Frozen embeddings may be stored in fp16; the residual stream is fp32 all the same.
-        x = F.embedding(idx, self.wte.weight).float() + self.wpe.weight[: idx.size(1)].float()
-        x = self.dropout(x)  # (B, T, d)
+        x = F.embedding(idx, self.wte.weight).float()  # (B, T, d)
+        if self.mask_row is not None:
+            x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
+        x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
         for layer in self.h[: (block + 1) * self.config.block_size]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False)  # (B, T, d)

@@ -134,7 +134,8 @@ class Stage:
     time_steps: tuple[float, ...]  # mask fractions; (0.0,) is next-token training
     layers: tuple[int, ...]  # trained in fp32
     embeddings: bool  # trained too?
-    adapters: bool  # LoRA on every linear of the frozen layers before the block?
+    adapters: bool  # LoRA on every linear of the frozen layers?
+    plain: bool = False  # plain QLoRA: all layers are frozen and stored before the first step
 
 
 def fusion_schedule(model_config, training):
@@ -142,10 +143,13 @@ def fusion_schedule(model_config, training):
 
     frozen: stage k trains the layers of block k on block k's band, the blocks before it are frozen
     (and adapted, if qlora_enabled). trainable: stage k trains every layer up to block k and the
-    embeddings. Standard mode has one block, hence one stage.
+    embeddings. Standard mode has one block, hence one stage; from pretrained weights and with
+    qlora_enabled that stage is plain QLoRA: adapters, exit norm and [MASK] row over frozen layers.
     """
     blocks, size = model_config.total_blocks, model_config.block_size
     frozen = training.fusion_mode == "frozen"
+    plain = (training.mode == "standard" and training.qlora_enabled
+             and model_config.init_from != "scratch")
     shares = training.block_steps if blocks > 1 else (1,)
     # Rounding the running sum, not each share, makes the steps add up to max_steps exactly.
     edges = [round(training.max_steps * sum(shares[:k]) / sum(shares)) for k in range(blocks + 1)]
@@ -155,9 +159,10 @@ def fusion_schedule(model_config, training):
             block=k,
             steps=edges[k + 1] - edges[k],
             time_steps=time_steps_of(k, model_config) if training.time_step_masking else (0.0,),
-            layers=tuple(range(k * size if frozen else 0, (k + 1) * size)),
-            embeddings=k == 0 or not frozen,
-            adapters=training.qlora_enabled and frozen and k > 0,
+            layers=() if plain else tuple(range(k * size if frozen else 0, (k + 1) * size)),
+            embeddings=(k == 0 or not frozen) and not plain,
+            adapters=plain or training.qlora_enabled and frozen and k > 0,
+            plain=plain,
         )
         for k in range(blocks)
     ]
@@ -208,11 +213,12 @@ def standard_bytes(config):
 # 3. Beginning and ending a stage
 
 
-def begin_stage(model, stage, training, pretrained=None):
+def begin_stage(model, stage, training, pretrained=None, folder=None):
     """Build what the stage needs (if it is not there yet) and mark what it trains.
 
     Args:
         pretrained: tensors of `model.read_pretrained` that new blocks start from, or None.
+        folder: the run's, where plain QLoRA backs up the layers that it is about to freeze.
 
     Returns:
         the AdamW optimizer over the stage's trainable parameters.
@@ -223,11 +229,14 @@ def begin_stage(model, stage, training, pretrained=None):
         model.grow()
         if pretrained:
             model.fill_from(pretrained, model.blocks - 1)
+        if stage.plain:
+            back_up_and_convert(model, [stage.block], 0, training, folder)
     if stage.adapters and not lora.adapter_state(model, stage.block):
         lora.add_adapters(model, stage.block, training.qlora_rank, training.qlora_alpha,
-                          training.qlora_dropout, training.seed)
+                          training.qlora_dropout, training.seed, stage.plain)
     model.requires_grad_(False)
-    parts = [model.exit_norms[stage.block], *(model.h[i] for i in stage.layers)]
+    parts = [] if stage.plain else [model.exit_norms[stage.block]]
+    parts += [model.h[i] for i in stage.layers]
     parts += [model.wte, model.wpe] if stage.embeddings else []
     others = [parameter for part in parts for parameter in part.parameters()]
     adapters = [*lora.adapter_parameters(model, stage.block).values()] if stage.adapters else []
@@ -241,6 +250,7 @@ def begin_stage(model, stage, training, pretrained=None):
     ]
     if adapters:
         groups.append({"params": adapters, "lr": training.qlora_lr, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
     for group in groups:
         group["peak_lr"] = group["lr"]
     model.gradient_checkpointing = training.gradient_checkpointing
@@ -263,29 +273,37 @@ def end_stage(model, stage, stages, training, folder):
     """Back up what the stage finished, verified on disk, then convert it in place.
 
     In frozen mode that is the stage's own block; in trainable mode every block, after the last
-    stage. Returns the number of blocks that are backed up.
+    stage. Plain QLoRA did it before its first step, and what it trained is kept in checkpoint.pt.
+    Returns the number of blocks that are backed up.
     """
     last = stage.index == len(stages) - 1
+    if stage.plain:
+        return model.blocks
     if training.fusion_mode == "frozen" or training.mode == "standard":
         done = [stage.block]
     else:
         done = range(model.blocks) if last else []
+    back_up_and_convert(model, done, stage.steps, training, folder)
+    return max(done) + 1 if done else 0
+
+
+def back_up_and_convert(model, blocks, steps, training, folder):
+    """Back up blocks as they are after `steps` steps, then convert them in place."""
     config = {"model": asdict(model.config), "training": asdict(training)}
-    for block in done if process()[0] == 0 else ():
+    for block in blocks if process()[0] == 0 else ():
         state = {name: p.detach().cpu() for name, p in model.block_parameters(block).items()}
         state |= {name: t.cpu() for name, t in lora.adapter_state(model, block).items()}
         try:
-            quant.write_backup(folder / "backup", block, state, stage.steps, config)
+            quant.write_backup(folder / "backup", block, state, steps, config)
         except FileExistsError:
             # Left by a process that was killed before its checkpoint counted it, and the way from
             # that checkpoint to here is not repeatable (another number of threads, a GPU).
             path = folder / "backup" / f"block_{block}.pt"
             path.rename(path.with_name(f"uncounted-{time.time_ns()}-{path.name}"))
-            quant.write_backup(folder / "backup", block, state, stage.steps, config)
+            quant.write_backup(folder / "backup", block, state, steps, config)
     wait_for_all()  # no process converts before the backup is on disk
-    for block in done:
+    for block in blocks:
         quant.freeze_block(model, block, training.quantization_type)
-    return max(done) + 1 if done else 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -598,7 +616,8 @@ class Run:
             return
         if step:
             self.peak_mib = max(self.peak_mib, memory_mib(model.wte.weight.device)[1])
-        weights = lora.adapter_state(model, stage.block) if step else {}
+        plain = self.stages[0].plain  # what it trains is in no backup
+        weights = lora.adapter_state(model, stage.block if stage else 0) if step or plain else {}
         for block in range(self.backed_up, model.blocks):  # the others are in their backups
             weights |= model.block_parameters(block)
         os.fsync(self.metrics.fileno())  # metrics_bytes must be on disk before the checkpoint is
@@ -641,7 +660,8 @@ def run_stages(run, model, state, device):
     for stage in stages[first:]:
         keep_freed_memory(return_now=True)  # the stage before held more
         memory_mib(device, reset=True)
-        optimizer = begin_stage(model, stage, training, run.pretrained)
+        optimizer = begin_stage(model, stage, training, run.pretrained, run.folder)
+        run.backed_up = max(run.backed_up, int(stage.plain))
         if step:
             optimizer.load_state_dict(state.pop("optimizer"))
         if not train_stage(run, model, optimizer, stage, step):
@@ -743,14 +763,21 @@ def print_plan(run, device):
         f"blocks stored in {training.quantization_type}")
     if training.qlora_enabled and not any(stage.adapters for stage in run.stages):
         say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
+    if run.stages[0].plain:
+        say("plain QLoRA: the pretrained layers and embeddings are backed up, verified and stored "
+            f"in {training.quantization_type} before the first step;\nonly the adapters on all "
+            "layers, the exit norm and the [MASK] row are trained, at qlora_lr")
     say("\nstage  layers  mask fractions  steps  trainable     frozen  adapters  (parameters)")
     for s in run.stages:
         embeddings, layer, norm = parameter_counts(c)
         trainable = len(s.layers) * layer + norm + embeddings * s.embeddings
+        trainable += c.d_model * s.plain
         everything = embeddings + (s.block + 1) * (c.block_size * layer + norm)
         # rank x (in + out) of c_attn, c_proj, c_fc and the MLP's c_proj: 4 + 2 + 5 + 5 widths
-        adapters = s.layers[0] * training.qlora_rank * 16 * c.d_model * s.adapters
-        say(f"{s.index + 1:5d}  {f'{s.layers[0]}-{s.layers[-1]}':>6s}  "
+        adapted = (s.block + 1) * c.block_size - len(s.layers)
+        adapters = adapted * training.qlora_rank * 16 * c.d_model * s.adapters
+        layers = f"{s.layers[0]}-{s.layers[-1]}" if s.layers else "none"
+        say(f"{s.index + 1:5d}  {layers:>6s}  "
             f"{f'{s.time_steps[0]:g} - {s.time_steps[-1]:g}':>14s}  {s.steps:5d}  "
             f"{trainable / 1e6:7.2f} M  {(everything - trainable) / 1e6:7.2f} M  "
             f"{adapters / 1e6:6.2f} M")

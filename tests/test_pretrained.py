@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate_gpt2
 import lora
 import model as model_file
 import quant
+import train_gpt2_fusion as train
+from data_loader import UserError
 from model import (
     GPT,
     ModelConfig,
@@ -543,6 +546,222 @@ def test_download(tmp_path, monkeypatch):
     assert same(GPT.from_pretrained("gpt2", cache="cache"), model) and len(asked) == n
     assert same(GPT.from_pretrained(GOLDEN), model)
     assert asked[-1].endswith("gpt2/resolve/main/model.safetensors")
+
+
+# ---------------------------------------------------------------- runs: in, out and plain QLoRA
+
+NEXT_TOKEN = {"training__mode": "standard", "training__time_step_masking": "false"}
+
+
+def evaluate(toy, *options):
+    return evaluate_gpt2.main(["--folder", str(toy.folder.parent), *map(str, options)])
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """ended(arguments): train without the report at the end; -> the model as it was in memory."""
+    kept = []
+    monkeypatch.setattr(train, "report", lambda _, model, **options: kept.append(model) or {})
+
+    def run(arguments):
+        assert train.main(arguments) == 0
+        return kept[-1].eval()
+
+    return run
+
+
+@pytest.mark.parametrize("kind, tolerance", [("fp32", 0), ("fp16", 1e-3), ("int4", 0.1)])
+def test_plain_qlora_begins_at_the_pretrained_loss(tmp_path, kind, tolerance):
+    config = dataclasses.replace(train.standard_config(TWO_BLOCKS), init_from=str(GOLDEN))
+    training = train.TrainingConfig(mode="standard", quantization_type=kind)
+    (stage,) = train.fusion_schedule(config, training)
+    model, (_, tensors) = GPT(config, blocks=0), read_pretrained(GOLDEN, config)
+    train.begin_stage(model, stage, training, tensors, tmp_path)
+    idx = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
+    reference = GPT.from_pretrained(GOLDEN)
+    before = next_token_loss(reference, idx).item()
+    # int4 moves the loss of 6.7 by 0.01 to 0.03
+    assert next_token_loss(model, idx).item() == pytest.approx(before, abs=tolerance)
+    backup = quant.read_backup(tmp_path / "backup", 0)
+    assert all(torch.equal(tensor, reference.get_parameter(n)) for n, tensor in backup.items())
+    assert len(backup) == len(list(reference.parameters()))
+
+
+def test_plain_qlora(toy, ended, tmp_path, monkeypatch, capsys):
+    """A run from the weights of another: it goes on from there, what is frozen stays, and rebuilt
+    from disk, resumed or exported it is the model that was trained."""
+    small = {"model__n_layers": 3, "training__block_size": 1, "training__checkpoint_interval": 4}
+    learn = {"training__max_steps": 60, "training__lr": "3e-3", "training__run_id": "source"}
+    ended(toy(**NEXT_TOKEN, **small, **learn, training__eval_interval=60))
+    folder = tmp_path / "hf"
+    assert evaluate(toy, "--run", "source", "--precision", "fp32", "--export", folder) == 0
+    plain = small | {"training__mode": "standard", "model__init_from": folder,
+                     "training__qlora_dropout": 0.1, "training__quantization_type": "int4",
+                     "training__qlora_lr": "1e-2", "training__max_steps": 24}  # fmt: skip
+    capsys.readouterr()
+    model = ended(toy(**plain))
+    printed = capsys.readouterr().out
+    assert "plain QLoRA" in printed and "no effect" not in printed
+    losses = evaluate_gpt2.read_metrics(toy.folder, "validation")
+    losses = [line["cross_entropy"] for line in losses]
+    assert losses[-1] < losses[0] - 0.04
+    # What is frozen is what the file holds, bit for bit; what is trained has moved.
+    frozen = GPT.from_pretrained(folder, model.config).eval()
+    quant.freeze_block(frozen, 0, "int4")
+    state = {n.replace(".base.", "."): t for n, t in model.state_dict().items()}
+    for name, tensor in frozen.state_dict().items():
+        assert torch.equal(state[name], tensor) != name.startswith("exit_norms"), name
+    assert not torch.equal(model.mask_row, frozen.wte.weight[257].float())
+    # What training held: no gradient and no AdamW state but of adapters, exit norm, [MASK] row.
+    (stage,) = evaluate_gpt2.read_metrics(toy.folder, "stage")
+    held, d, rank = stage["held"], 32, 8
+    assert held["adapters"] == 4 * 3 * 16 * d * rank
+    assert held["gradients"] == held["adapters"] + 4 * 3 * d
+    assert held["optimizer"] == 2 * held["gradients"] + 4 * (3 * 8 + 3)  # and a step count each
+    # From disk, in its own storage the same model, and in every other.
+    loaded = evaluate_gpt2.load_run(toy.folder).eval()
+    idx = torch.randint(258, (2, 32))  # with [MASK]
+    assert same(loaded, model) and torch.equal(loaded(idx), model(idx))
+    exact = next_token_loss(model, idx % 257).item()  # of noise: 7.8; nf4 gives 0.09 more
+    for kind in quant.KINDS:
+        other = evaluate_gpt2.load_run(toy.folder, kind).eval()
+        assert next_token_loss(other, idx % 257).item() == pytest.approx(exact, abs=0.2), kind
+    # Out again: the same logits, of text.
+    assert evaluate(toy, "--run", "toy", "--export", tmp_path / "out") == 0
+    exported = GPT.from_pretrained(tmp_path / "out")(idx % 257)[..., :257]
+    torch.testing.assert_close(exported, model(idx % 257)[..., :257], atol=1e-4, rtol=1e-4)
+    # Killed one step after a checkpoint, and resumed: the same model.
+    real, count = train.train_step, [0]
+
+    def step_then_die(*args):
+        count[0] += 1
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", step_then_die)
+    stopped = toy(**plain, training__run_id="stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train.main(stopped)
+    monkeypatch.setattr(train, "train_step", real)
+    assert same(ended([*stopped, "--resume"]), model)
+
+
+def test_the_schedule_and_the_flops_of_plain_qlora():
+    """Only from pretrained weights; FLOPs as torch counts them, the adapters' own left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def schedule(init_from, **changes):
+        config = dataclasses.replace(TWO_BLOCKS, init_from=init_from)
+        training = train.TrainingConfig(mode="standard", qlora_rank=1, compute_type="fp32",
+                                        **changes)  # fmt: skip
+        return train.fusion_schedule(train.standard_config(config), training)[0], training
+
+    stage, training = schedule("folder")
+    assert (stage.plain, stage.adapters, stage.layers, stage.embeddings) == (True, True, (), False)
+    for other in (schedule("scratch"), schedule("folder", qlora_enabled=False)):
+        assert other[0].layers == (0, 1) and other[0].embeddings and not other[0].adapters
+    model = GPT(train.standard_config(TWO_BLOCKS))
+    quant.freeze_block(model, 0, "int4")
+    optimizer = train.begin_stage(model, stage, training)
+    tokens = torch.randint(61, (5000,)).numpy().astype("uint16")
+    batch = train.batch_of(tokens, model.config, training, stage, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with FlopCounterMode(display=False) as counter:
+        train.train_step(model, optimizer, scaler, batch, stage, training, torch.float32)
+    adapters = 6 * 2 * 16 * 32  # of rank 1, on two layers: both factors, forward and backward
+    n_tokens = batch[0].numel()
+    # The head scores 15 positions of 16.
+    expected = train.matmul_flops(stage, model.config) - 4 * 32 * 64 / 16 + adapters
+    assert counter.get_total_flops() / n_tokens == pytest.approx(expected, rel=1e-3)
+
+
+def test_export_refuses_what_the_layout_cannot_hold(toy, ended, tmp_path, capsys):
+    target = tmp_path / "out"
+    ended(toy(model__attention_mode="bidirectional", training__max_steps=4))
+    for options, words in (
+        (["--export", target], "causal"),
+        (["--export", target, "--precision", "all"], "one precision"),
+        (["--export", toy.folder], "another folder"),
+    ):
+        assert evaluate(toy, "--run", "toy", *options) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+        assert not target.exists()
+
+
+def test_a_fused_run_is_exported_at_its_last_exit(toy, ended, tmp_path, capsys):
+    ended(toy(training__max_steps=20, training__lr="3e-3", training__qlora_lr="3e-2"))
+    idx, model = torch.randint(257, (2, 32)), evaluate_gpt2.load_run(toy.folder, "fp32").eval()
+    expected = model(idx)[..., :257]
+    for precision, dtype, atol in (("fp32", torch.float32, 1e-5), ("fp16", torch.float16, 1e-2)):
+        folder = tmp_path / precision
+        assert evaluate(toy, "--run", "toy", "--precision", precision, "--export", folder) == 0
+        assert "lost: exits 0 to 1 and the [MASK] row" in capsys.readouterr().out
+        tensors = read_safetensors(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        ours = GPT.from_pretrained(folder)(idx)[..., :257]
+        torch.testing.assert_close(ours, expected, atol=atol, rtol=0)
+    for parameter in lora.adapter_parameters(model, 2).values():
+        parameter.data.zero_()
+    assert (model(idx)[..., :257] - expected).abs().max() > 1e-2  # or merging proved nothing
+
+
+def test_weights_with_outliers_in_every_storage(toy, ended, tmp_path, monkeypatch, capsys):
+    """Weights that were never trained here, with a few columns of 50 sigma, as GPT-2 has them."""
+    ended(toy(training__max_steps=4))
+    monkeypatch.chdir(tmp_path)  # where data/ is
+    config = dataclasses.replace(TWO_BLOCKS, vocab_size=257, d_model=128, seq_len=32)
+    figures = {}
+    for name, size in (("plain", 1), ("outliers", 50)):
+        torch.manual_seed(0)
+        model = GPT(config)
+        for layer in model.h:
+            for linear in (layer.attn.c_attn, layer.mlp.c_fc):
+                linear.weight.data[:, [3, 70]] *= size
+        model.save_pretrained(name)
+        capsys.readouterr()
+        assert evaluate(toy, "--run", name, "--precision", "all") == 0
+        assert "exact" in capsys.readouterr().out
+        figures[name] = json.loads(Path(name, "eval_all.json").read_text())
+        assert evaluate(toy, "--run", name) == 2  # a table of storages is all there is
+        assert "--precision all" in capsys.readouterr().err
+    for table in figures.values():
+        assert list(table) == list(quant.KINDS)
+        for kind, row in table.items():
+            assert 5 < row["left_to_right"][0] < 8, kind
+            assert row["nelbo_12"] is None
+        assert table["fp32"]["signal_to_noise_db"] is None
+        assert table["fp16"]["signal_to_noise_db"] > 70
+        assert abs(table["fp16"]["to_fp32"]) < 1e-3
+        assert 0 < abs(table["int4"]["to_fp32"]) < 0.1 and abs(table["nf4"]["to_fp32"]) < 0.1
+    # Measured: an outlier takes int4's range from its whole group, nf4's scale likewise.
+    expected = {"int4": (20.95, 15.15), "nf4": (20.72, 18.60)}
+    for kind, pair in expected.items():
+        for table, db in zip(figures.values(), pair):
+            assert table[kind]["signal_to_noise_db"] == pytest.approx(db, abs=0.3)
+            assert db - 0.6 < table[kind]["worst_matrix_db"] <= table[kind]["signal_to_noise_db"]
+    Path("plain", "model.safetensors").write_bytes(b"nothing")
+    assert evaluate(toy, "--run", "plain", "--precision", "all") == 2
+    assert "truncated" in capsys.readouterr().err
+
+
+def test_loading_a_block_is_strict():
+    config, training = TWO_BLOCKS, dict(qlora_rank=2, qlora_alpha=4, qlora_dropout=0.0)
+    source = GPT(config)
+    lora.add_adapters(source, 1, 2, 4)
+    whole = source.block_parameters(1) | lora.adapter_parameters(source, 1)
+    name = "h.0.attn.c_attn.lora_A.1"
+    assert name in whole
+    for state in (whole, {n: t for n, t in whole.items() if n != name},
+                  whole | {"extra": torch.zeros(1)}, whole | {name: torch.zeros(8, 32)}):  # fmt: skip
+        model = GPT(config)
+        if state is whole:
+            evaluate_gpt2.load_blocks(model, [1], state, 1, training)
+            assert torch.equal(model.get_parameter(name), whole[name])
+            continue
+        with pytest.raises(UserError, match=f"do not fit config.json: ({name}|extra)"):
+            evaluate_gpt2.load_blocks(model, [1], state, 1, training)
 
 
 # ---------------------------------------------------------------------------------------- live
