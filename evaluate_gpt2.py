@@ -422,9 +422,10 @@ def begin(prompt, length, encoding, config):
     room = config.seq_len - len(ids)
     if before and length:
         raise UserError("blanks are filled in and nothing is appended: leave --length out")
-    if room < (0 if before else length or 1):
-        raise UserError(f"the prompt has {len(ids) - 1} tokens and the context {config.seq_len}, one "
-                        f"for <|endoftext|>: no room for {'it' if before else length or 1}; shorten")
+    least = 0 if before else length or 1
+    if room < least:
+        raise UserError(f"the prompt has {len(ids) - 1} tokens, for {least} more the context of "
+                        f"{config.seq_len} has no room; shorten it to {config.seq_len - 1 - least}")
     n_masks = 0 if before else length or min(64, room)
     return torch.tensor(ids + [config.mask_id] * n_masks)
 
@@ -483,6 +484,10 @@ def sample_left_to_right(model, x, block=None, seed=0, temperature=1.0, top_p=0.
     return x[0], len(masks) * (block + 1) * model.config.block_size
 
 
+# Colours of the 256-colour cube from red to blue, one per time step.
+RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
+
+
 def watcher(encoding, mask_id):
     """watch(m, x) for `sample`. On a terminal the text is redrawn in place, each token in the
     colour of the step that revealed it; elsewhere every time step is one plain line."""
@@ -497,10 +502,10 @@ def watcher(encoding, mask_id):
         cells = []  # (character, ANSI code of its colour)
         for when, run in itertools.groupby(range(1, len(x)), born.get):
             ids = x[list(run)].tolist()
-            text = "░" * len(ids) if when is None else encoding.decode(ids).replace("\n", " ")
-            # The prompt plain, masks dim, then through the 256-colour cube from red to blue.
+            text = "░" * len(ids) if when is None else encoding.decode(ids)
+            # Masks dim, the prompt plain.
             code = {None: "2", 0: "0"}.get(when, f"38;5;{RAMP[((when or 1) - 1) % len(RAMP)]}")
-            cells += [(character, code) for character in text]
+            cells += [(c if c.isprintable() else " ", code) for c in text]
         step += 1
         if not live:
             print(f"m {m:.2f}  " + "".join(character for character, _ in cells), flush=True)
@@ -516,9 +521,6 @@ def watcher(encoding, mask_id):
     return watch
 
 
-RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
-
-
 def even_steps(n):
     """n mask fractions evenly spaced over (0, 1]; None for n None."""
     return n and [(i + 1) / n for i in range(n)]
@@ -528,7 +530,8 @@ def sample_text(model, encoding, training, prompt="", length=None, left_to_right
                 watch=False, say=print, **how):
     """One sample as text, in the way the run was trained: by diffusion, or left to right.
 
-    left_to_right: the exit to read (-1: the last), or None. how: seed, temperature, top_p, order.
+    left_to_right: the exit to read (-1: the last), or None. watch: print every time step.
+    how: seed, temperature, top_p, order, as for `sample`.
     """
     config, x = model.config, begin(prompt, length, encoding, model.config)
     causal, masked = config.attention_mode == "causal", training["time_step_masking"]
@@ -570,8 +573,8 @@ def text_figures(rows, judge=None):
             "entropy": float(-(share * np.log(share)).sum())}
 
 
-def study_samples(folder, model, n, judge_folder=None, length=None, left_to_right=None, steps=None,
-                  seed=None, order=None, prompt="", **how):
+def study_samples(folder, model, n, judge_folder=None, prompt="", length=None, left_to_right=-1,
+                  steps=None, seed=0, **how):
     """Print and return what n samples of every way to write cost and are worth.
 
     Orders x depths with the same seeds, in turns, so that a busy moment of the machine hits all of
@@ -585,8 +588,8 @@ def study_samples(folder, model, n, judge_folder=None, length=None, left_to_righ
     encoding = tokenizer(config.vocab_size, data.folder)
     device = model.wte.weight.device
     dtype = compute_type(device, training["compute_type"])
-    x = begin(prompt, length or config.seq_len - len(encoding.encode_ordinary(prompt)) - 1,
-              encoding, config)
+    length = length or max(1, config.seq_len - 1 - len(encoding.encode_ordinary(prompt)))
+    x = begin(prompt, length, encoding, config)
     model, judge = expand(model, dtype), None
     if judge_folder:
         judge = expand(load_run(judge_folder, device=device), dtype)
@@ -596,14 +599,14 @@ def study_samples(folder, model, n, judge_folder=None, length=None, left_to_righ
                             f"vocab_size {config.vocab_size}")
         if theirs.seq_len < len(x):
             raise UserError(f"the judge reads {theirs.seq_len} tokens: give --length")
-    exit = model.blocks - 1 if left_to_right in (None, -1) else left_to_right
+    exit = left_to_right % model.blocks
     ways = [*itertools.product(("ancestral", "confidence"), ("by noise", "full"))]
     if config.attention_mode == "causal":
         ways.append(("left to right", f"exit {exit}"))
     runs = {way: [] for way in ways}  # (seconds, layer evaluations, ids)
     with autocast(device, dtype):
         for i, (order, depth) in itertools.product(range(n), ways):
-            start, seeded = time.perf_counter(), dict(how, seed=(seed or 0) + i)
+            start, seeded = time.perf_counter(), dict(how, seed=seed + i)
             if order == "left to right":
                 ids, layers = sample_left_to_right(model, x, exit, **seeded)
             else:
@@ -772,13 +775,12 @@ def read_evaluation(folder):
     again = f"python evaluate_gpt2.py --run {path.parent.name}"
     if not path.exists():
         raise UserError(f"{path} is missing; {again}")
-    try:
+    with contextlib.suppress(AttributeError, ValueError):
         result = json.loads(path.read_text())
-        assert {"nelbo_12", "nelbo", "left_to_right", "bits_per_byte", "memory", "train_tokens",
-                "train_seconds", "rows"} <= result.keys()
-    except (AssertionError, AttributeError, ValueError):
-        raise UserError(f"{path} is damaged or of another version; {again}") from None
-    return result
+        if {"nelbo_12", "nelbo", "left_to_right", "bits_per_byte", "memory", "train_tokens",
+            "train_seconds", "rows"} <= result.keys():
+            return result
+    raise UserError(f"{path} is damaged or of another version; {again}")
 
 
 def compare(folders):
@@ -882,7 +884,7 @@ def plot_cross_entropy(axes, folders, device):
             own = [m > 0 and exit_of(m, model) == block for m in steps]
             colour = f"C{index if len(folders) > 1 else block}"
             axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
-            axes.plot(*zip(*[point for point, mine in zip(zip(steps, ce), own) if mine]), "o-",
+            axes.plot(*zip(*[point for point, mine in zip(zip(steps, ce), own) if mine]),
                       color=colour, marker="os^Dv"[block % 5],
                       label=f"{folder.name}, exit {block}" if model.blocks > 1 else folder.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
@@ -932,6 +934,10 @@ def pick_device(name):
         raise UserError(f"device {name!r} is unknown; use auto, cpu, cuda or mps") from None
 
 
+SAMPLING = ("prompt", "length", "steps", "order", "temperature", "top_p", "seed", "left_to_right",
+            "watch")
+
+
 def parse(argv):
     """The command line. UserError for numbers out of range."""
     parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
@@ -966,11 +972,14 @@ def parse(argv):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
+    if args.samples and (args.order or args.watch):
+        raise UserError("--samples measures every order: leave --order and --watch out")
+    if args.judge and not args.samples:
+        raise UserError("--judge scores samples: say how many with --samples N")
+    args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
+    if (args.how or args.samples) and (args.precision == "all" or args.compare):
+        raise UserError("to sample, name one run with --run and one precision")
     return args
-
-
-SAMPLING = ("prompt", "length", "steps", "order", "temperature", "top_p", "seed", "left_to_right",
-            "watch")
 
 
 @one_line_errors
@@ -992,7 +1001,6 @@ def main(argv=None):
     config, training, data = read_config(folder)
     for default in defaults_used(folder):
         print(f"note: {folder.name} was made before there was {default}, which is taken for it")
-    how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
     name = "samples.json" if args.samples else "eval.json"
     name = f"eval_{args.precision}.json" if args.precision and not args.samples else name
     path = Path(args.json or folder / name)
@@ -1008,10 +1016,12 @@ def main(argv=None):
                             f"{model.blocks - 1}")
         if args.samples:
             judge = args.judge and runs / args.judge
-            result = study_samples(folder, model, args.samples, judge, **how)
-        elif how:
+            result = study_samples(folder, model, args.samples, judge, **args.how)
+        elif args.how:
             encoding = tokenizer(config.vocab_size, data.folder)
-            print(sample_text(model, encoding, training, **how).strip())
+            text = sample_text(model, encoding, training, **args.how)
+            if not args.watch:
+                print(text.strip())
             return 0
         else:
             result = report(folder, model, args.full, args.precision)
