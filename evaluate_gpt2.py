@@ -475,7 +475,7 @@ def sample_left_to_right(model, x, block=None, seed=0, temperature=1.0, top_p=0.
     Returns (T,) token ids and the number of layer evaluations.
     """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    x = x[None].to(model.wte.weight.device)  # (1, T)
+    x = x[None].to(model.wte.weight.device, copy=True)  # (1, T)
     block = model.blocks - 1 if block is None else block
     masks = (x[0] == model.config.mask_id).nonzero().flatten().tolist()
     for i in masks:

@@ -200,7 +200,9 @@ def test_confidence_reveals_the_likeliest_draws_first():
 def test_left_to_right_samples_from_any_exit():
     model = toy_model()
     for block in range(3):
-        ids, layers = e.sample_left_to_right(model, canvas(model.config, [3], 7), block)
+        x = canvas(model.config, [3], 7)
+        ids, layers = e.sample_left_to_right(model, x, block)
+        assert torch.equal(x, canvas(model.config, [3], 7))  # the argument is left alone
         assert len(ids) == 8 and ids[0] == 3 and ids.max() < TOY.vocab_size
         assert layers == 7 * 2 * (block + 1)
 
@@ -246,7 +248,7 @@ def test_sampling_from_the_command_line(run, monkeypatch):
     lines = out.split("\n")[:-1]
     assert [line.count("░") for line in lines] == [12, 9, 6, 3, 0]
     status, out, _ = run("--left-to-right", 0, "--length", 5, "--temperature", 0)
-    assert status == 0 and out.strip()
+    assert status == 0 and out
     assert (run.folder / "eval.json").read_bytes() == evaluated
     # every way to sample, measured; the run judges itself
     status, out, _ = run("--samples", 2, "--judge", "toy", "--temperature", 0.9)
@@ -255,6 +257,7 @@ def test_sampling_from_the_command_line(run, monkeypatch):
     assert ways[:2] == [("ancestral", "by noise"), ("ancestral", "full")]
     assert [order for order, _ in ways[4:]] == ["left to right", "validation text"]
     assert table[0]["layers"] < table[1]["layers"] and table[4]["layers"] == 31 * 6
+    assert all(row["layers"] > 0 for row in table[:5])
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
     assert "times as fast" in out and (run.folder / "eval.json").read_bytes() == evaluated
     # on a terminal the text is redrawn in place
