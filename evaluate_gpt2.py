@@ -4,26 +4,35 @@
     python evaluate_gpt2.py --run tiny            a run by name
     python evaluate_gpt2.py --precision int4      the same run, rebuilt from its backups in int4
     python evaluate_gpt2.py --precision all       a table of every storage
+    python evaluate_gpt2.py --full                every validation row instead of 100
     python evaluate_gpt2.py --compare tiny other  runs side by side
-    python evaluate_gpt2.py --prompt "The people of" --full
+    python evaluate_gpt2.py --plot                pictures of a run, or of those to compare
+    python evaluate_gpt2.py --prompt "The people of" --watch      only a sample
+    python evaluate_gpt2.py --prompt "The ____ of the ____ is"    blanks filled in
+    python evaluate_gpt2.py --samples 8 --judge next-token        ways to sample, measured
     python evaluate_gpt2.py --run tiny --export tiny-gpt2     the last exit as a Hugging Face GPT-2
     python evaluate_gpt2.py --run tiny-gpt2 --precision all   such weights in every storage
 
 Read from top to bottom: `load_run` (a run rebuilt from disk), `score` (the one primitive that all
 metrics use), the metrics (`nelbo_12`, `nelbo`, `left_to_right`, `unigram_entropy`), `memory`,
-sampling, and the report. All figures are in nats per token unless a name says otherwise.
+sampling, the report, the pictures. All figures are in nats per token unless a name says otherwise.
 """
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +42,17 @@ import lora
 import quant
 from data_loader import (DataConfig, UserError, load_tokens, one_line_errors, token_bytes,
                          tokenizer, validation_rows, write_atomically)
-from model import (GPT, ModelConfig, autocast, block_of, compute_type, corrupt, diffusion_loss,
-                   read_pretrained, reverse_step, sample_tokens)
+from model import (GPT, ModelConfig, autocast, block_of, compute_type, confident_step, corrupt,
+                   diffusion_loss, read_pretrained, reverse_step, sample_tokens)
 
 ROWS = 100  # validation rows scored by default
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
+PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over mask fraction
 MIB = 2**20
+
+# The keys of `training:` without which a run can be neither rebuilt nor described.
+NEEDED = {"mode", "fusion_mode", "time_step_masking", "quantization_type", "qlora_rank",
+          "qlora_alpha", "qlora_dropout", "compute_type", "seed"}
 
 # ---------------------------------------------------------------------------------------------
 # A run on disk: checkpoints/<run_id>/ with config.json, metrics.jsonl, checkpoint.pt, backup/
@@ -85,18 +99,39 @@ def read_config(folder):
 
     try:
         config = json.loads(path.read_text())
-        model = {key: tuples(value) for key, value in config["model"].items()}
-        training = {key: tuples(value) for key, value in config["training"].items()}
-        return ModelConfig(**model), training, DataConfig(**config["data"])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): put the right one back") from error
+        model, training, data = (
+            {key: tuples(value) for key, value in config[section].items()}
+            for section in ("model", "training", "data")
+        )
+        missing = sorted(NEEDED - training.keys())
+        if missing:
+            raise ValueError(f"training has no {', '.join(missing)}")
+        return ModelConfig(**model), training, DataConfig(**data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or of another version of this code ({error}); "
+                        "restore it, or train the run again") from None
+
+
+def defaults_used(folder):
+    """Keys that a run's config.json does not have, as it is older; their defaults are used."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return [f"{section}.{field.name}={field.default!r}"
+            for section, kind in (("model", ModelConfig), ("data", DataConfig))
+            for field in fields(kind) if field.name not in config[section]]
 
 
 def read_metrics(folder, event=None):
     """The lines of a run's metrics.jsonl, as dicts; only those of one event if it is given."""
-    text = (Path(folder) / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill may leave half a line
-    return [line for line in lines if event in (None, line["event"])]
+    path, lines = Path(folder) / "metrics.jsonl", []
+    whole = path.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
+    for number, text in enumerate(whole, 1):
+        try:
+            line = json.loads(text)
+            if event in (None, line["event"]):
+                lines.append(line)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: line {number} is damaged; delete that line") from None
+    return lines
 
 
 def load_run(folder, precision=None, device="cpu", resume=False):
@@ -175,25 +210,64 @@ def row_noise(n_rows, seq_len, seed, tag):
 
 
 @torch.no_grad()
-def score(model, rows, mask_fraction, block, noise, batch_size=20):
+def score(model, rows, mask_fraction, block, noise, tick=lambda n: None):
     """Each row's estimate of CE(m) and its accuracy, read at exit `block`.
+
+    One row at a time: the shapes of the products, and so the last digits of a row's figures, never
+    depend on the rows beside it.
 
     Args:
         rows: text, (R, T). mask_fraction: m of each row, (R,). noise: (R, T) from U[0, 1).
+        tick: called with the number of rows just scored, to show progress.
 
     Returns:
         cross-entropy (R,) in nats per masked token, accuracy (R,) in [0, 1]; float64.
     """
     device = model.wte.weight.device
     ce, accuracy = [], []
-    for i in range(0, len(rows), batch_size):
-        part = slice(i, i + batch_size)
-        x_0, m = rows[part].to(device), mask_fraction[part].to(device)
-        x_t, mask = corrupt(x_0, m, noise[part].to(device), model.config.mask_id)
+    for row, m, uniform in zip(rows.split(1), mask_fraction.split(1), noise.split(1)):
+        x_0, m = row.to(device), m.to(device)  # (1, T), (1,)
+        x_t, mask = corrupt(x_0, m, uniform.to(device), model.config.mask_id)
         _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, block)
-        ce.append(by_row.cpu().double())
-        accuracy.append(hit.cpu().double())
-    return torch.cat(ce), torch.cat(accuracy)
+        ce.append(by_row)
+        accuracy.append(hit)
+        tick(1)
+    return torch.cat(ce).cpu().double(), torch.cat(accuracy).cpu().double()
+
+
+def expand(model, dtype):
+    """A copy of a model for many passes over single rows, with the same figures to the last bit.
+
+    Stored linears become dense ones in the compute type `dtype` and the head's weight is converted
+    once: four-bit codes save memory in training, but every pass would expand them again.
+    """
+    model = copy.deepcopy(model).eval()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, quant.QuantLinear):
+            dense = torch.nn.Linear(1, 1).requires_grad_(False)
+            dense.weight.data, dense.bias.data = module.dequantize(dtype), module.bias.to(dtype)
+            model.set_submodule(name, dense)
+    model.head_weight = model.wte.weight.detach().to(dtype)
+    return model
+
+
+def progress(total):
+    """A tick(n) that counts rows up to `total` on stderr: in place on a terminal, else a line a
+    minute, so that short evaluations say nothing."""
+    done, start = 0, time.monotonic()
+    said, live = start, sys.stderr.isatty()
+
+    def tick(n):
+        nonlocal done, said
+        done, now = done + n, time.monotonic()
+        if live and done == total:
+            print(end="\r\033[K", file=sys.stderr, flush=True)
+        elif now - said >= (0.5 if live else 60):
+            said = now
+            text = f"scored {done:,} of {total:,} rows, {now - start:.0f} s"
+            print(text, end="\r" if live else "\n", file=sys.stderr, flush=True)
+
+    return tick
 
 
 def exit_of(mask_fraction, model):
@@ -201,7 +275,7 @@ def exit_of(mask_fraction, model):
     return min(block_of(mask_fraction, model.config), model.blocks - 1)
 
 
-def nelbo_12(model, rows, seed):
+def nelbo_12(model, rows, seed, tick=lambda n: None):
     """The bound over the time steps: sum over i of (m_i - m_{i-1}) CE(m_i), m_0 = 0, last m = 1.
 
     Each CE(m) is read at the exit that owns m. The term at m = 1 (all masked) is part of it.
@@ -216,7 +290,7 @@ def nelbo_12(model, rows, seed):
     table, bound, low = [], 0.0, 0.0
     for m in steps:
         block = exit_of(m, model)
-        ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise)
+        ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise, tick)
         layers = (block + 1) * model.config.block_size
         table.append({"mask_fraction": m, "block": block, "layers": layers,
                       "cross_entropy": ce.mean().item(), "accuracy": accuracy.mean().item()})
@@ -225,7 +299,7 @@ def nelbo_12(model, rows, seed):
     return bound, table
 
 
-def nelbo(model, rows, seed, replicates=REPLICATES):
+def nelbo(model, rows, seed, replicates=REPLICATES, tick=lambda n: None):
     """The continuous-time bound, the integral of CE(m) over (0, 1], and its standard error.
 
     Causal: m stratified over the rows. Bidirectional: sum over masked tokens / m has infinite
@@ -256,18 +330,19 @@ def nelbo(model, rows, seed, replicates=REPLICATES):
         owners = torch.tensor([exit_of(value, model) for value in m.tolist()])
         for block in owners.unique().tolist():
             pick = owners == block
-            ce, _ = score(model, rows[pick], scored_m[pick].float(), block, noise[pick])
+            m_pick = scored_m[pick].float()
+            ce, _ = score(model, rows[pick], m_pick, block, noise[pick], tick)
             total[pick] = ce if scored_m is m else ce * scored_m[pick] * n / masked[pick]
         estimates.append(total.mean().item())
     return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / math.sqrt(replicates))
 
 
-def left_to_right(model, rows):
+def left_to_right(model, rows, tick=lambda n: None):
     """CE(0) of every exit: a causal model's exact left-to-right loss. None if bidirectional."""
     if model.config.attention_mode != "causal":
         return None
     zeros, noise = torch.zeros(len(rows)), torch.ones(rows.shape)
-    scores = [score(model, rows, zeros, block, noise) for block in range(model.blocks)]
+    scores = [score(model, rows, zeros, block, noise, tick) for block in range(model.blocks)]
     return [ce.mean().item() for ce, _ in scores]
 
 
@@ -292,12 +367,16 @@ def evaluate(model, rows, seed, compute="auto"):
         dict with nelbo_12, nelbo, nelbo_stderr, left_to_right (list, or None if bidirectional),
         time_steps (list), rows (the number of rows).
     """
-    model.eval()
     device = model.wte.weight.device
-    with autocast(device, compute_type(device, compute)):
-        bound, table = nelbo_12(model, rows, seed)
-        mean, stderr = nelbo(model, rows, seed)
-        exits = left_to_right(model, rows)
+    dtype = compute_type(device, compute)
+    model = expand(model, dtype)
+    steps = {*model.config.time_step_mask_fractions, 1.0}
+    exits = model.blocks if model.config.attention_mode == "causal" else 0
+    tick = progress((len(steps) + REPLICATES + exits) * len(rows))
+    with autocast(device, dtype):
+        bound, table = nelbo_12(model, rows, seed, tick)
+        mean, stderr = nelbo(model, rows, seed, tick=tick)
+        exits = left_to_right(model, rows, tick)
     return {"nelbo_12": bound, "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": exits,
             "time_steps": table, "rows": len(rows)}
 
@@ -367,66 +446,250 @@ def keep_freed_memory(return_now=False):
 # Sampling
 
 
-@torch.no_grad()
-def sample(model, prompt, length, seed=0, temperature=1.0, top_p=0.95, time_steps=None):
-    """Write text by running the mask diffusion backwards, with depth by noise.
 
-    Begins with `prompt` and [MASK] everywhere else, and walks the time steps down; at each one
-    only the blocks up to the owner of that mask fraction run.
+def begin(prompt, length, encoding, config):
+    """What sampling starts from: <|endoftext|>, the prompt, and [MASK] where text is to be written.
+
+    Each ____ (four underscores or more) in the prompt is a blank of one token, and then nothing is
+    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last one.
 
     Args:
-        prompt: token ids, at least one (<|endoftext|> for none). length: positions in all.
-        time_steps: ascending mask fractions (None: the model's own 12).
+        length: tokens to write behind a prompt without blanks (None: 64, or what there is room for)
 
     Returns:
-        (length,) token ids without any [MASK], and the number of layer evaluations.
+        (T,) token ids. UserError where they would not fit into the context.
     """
-    config = model.config
-    steps = [0.0, *(time_steps or config.time_step_mask_fractions)]
-    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    x = torch.full((1, length), config.mask_id, device=model.wte.weight.device)  # (1, length)
-    x[0, : len(prompt)] = torch.tensor(prompt)
+    *before, last = re.split("_{4,}", prompt)
+    ids = [encoding.eot_token]
+    for text in before:
+        ids += [*encoding.encode_ordinary(text.rstrip(" ")), config.mask_id]
+    ids += encoding.encode_ordinary(last)
+    room = config.seq_len - len(ids)
+    if before and length:
+        raise UserError("blanks are filled in and nothing is appended: leave --length out")
+    least = 0 if before else length or 1
+    if room < least:
+        raise UserError(f"the prompt has {len(ids) - 1} tokens, for {least} more the context of "
+                        f"{config.seq_len} has no room; shorten it to {config.seq_len - 1 - least}")
+    n_masks = 0 if before else length or min(64, room)
+    return torch.tensor(ids + [config.mask_id] * n_masks)
+
+
+@torch.no_grad()
+def sample(model, x, seed=0, temperature=1.0, top_p=0.95, steps=None, order="ancestral",
+           full_depth=False, watch=lambda m, x: None):
+    """Write text at the [MASK]s of `x` by running the mask diffusion backwards.
+
+    Walks the time steps down; at each one only the blocks up to the owner of that mask fraction
+    run (depth by noise).
+
+    Args:
+        x: (T,) token ids as from `begin`. steps: ascending mask fractions (None: the model's own).
+        order: ancestral, or confidence: the surest predictions first, as many as the schedule says.
+        full_depth: read the last exit at every step instead.
+        watch: called with the mask fraction and the ids (T,), at the start and after each step.
+
+    Returns:
+        (T,) token ids without any [MASK], and the number of layer evaluations.
+    """
+    config, device = model.config, model.wte.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    x = x[None].to(device)  # (1, T)
+    n_masks = int((x == config.mask_id).sum())
+    steps = [0.0, *(steps or config.time_step_mask_fractions)]
     layers = 0
+    watch(1.0, x[0])
     for m_t, m_s in zip(steps[:0:-1], steps[-2::-1]):
-        block = exit_of(m_t, model)
-        x = reverse_step(model, x, m_t, m_s, block, temperature, top_p, generator)
-        layers += (block + 1) * config.block_size
+        block = model.blocks - 1 if full_depth else exit_of(m_t, model)
+        how = (block, temperature, top_p, generator)
+        if order == "confidence":
+            x_s = confident_step(model, x, round(m_s * n_masks), *how)
+        else:
+            x_s = reverse_step(model, x, m_t, m_s, *how)
+        # Where a step had nothing to reveal, no layer ran.
+        layers += 0 if torch.equal(x_s, x) else (block + 1) * config.block_size
+        x = x_s
+        watch(m_s, x[0])
     return x[0], layers
 
 
 @torch.no_grad()
-def sample_left_to_right(model, prompt, length, block=None, seed=0, temperature=1.0, top_p=0.95):
-    """Write text one token after another from a causal model's exit. -> (length,) token ids."""
+def sample_left_to_right(model, x, block=None, seed=0, temperature=1.0, top_p=0.95):
+    """Write the [MASK]s at the end of `x` (T,) one after another from a causal model's exit.
+
+    Returns (T,) token ids and the number of layer evaluations.
+    """
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    x = torch.tensor([list(prompt)], device=model.wte.weight.device)  # (1, t)
-    while x.size(1) < length:
-        logits = model.head(model.hidden(x, block)[:, -1])  # (1, V)
-        token = sample_tokens(logits, temperature, top_p, generator)  # (1,)
-        x = torch.cat([x, token[:, None]], dim=1)
-    return x[0]
+    x = x[None].to(model.wte.weight.device, copy=True)  # (1, T)
+    block = model.blocks - 1 if block is None else block
+    masks = (x[0] == model.config.mask_id).nonzero().flatten().tolist()
+    for i in masks:
+        logits = model.head(model.hidden(x[:, :i], block)[:, -1])  # (1, V)
+        x[0, i] = sample_tokens(logits, temperature, top_p, generator)
+    return x[0], len(masks) * (block + 1) * model.config.block_size
 
 
-def sample_text(model, encoding, training, prompt="", length=64, seed=0):
-    """One sample as text, in the way the run was trained: by diffusion, or left to right."""
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    length = min(max(length, len(ids) + 1), model.config.seq_len)
-    if len(ids) >= model.config.seq_len:
-        raise UserError(f"the prompt has {len(ids) - 1} tokens; shorten it to at most "
-                        f"{model.config.seq_len - 2}")
+# Colours of the 256-colour cube from red to blue, one per time step.
+RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
+
+
+def watcher(encoding, mask_id):
+    """watch(m, x) for `sample`. On a terminal the text is redrawn in place, each token in the
+    colour of the step that revealed it; elsewhere every time step is one plain line."""
+    live = sys.stdout.isatty()
+    step, n_lines, born = 0, 0, {}
+
+    def watch(m, x):
+        nonlocal step, n_lines
+        for position, token in enumerate(x.tolist()):
+            if token != mask_id:
+                born.setdefault(position, step)
+        cells = []  # (character, ANSI code of its colour)
+        for when, run in itertools.groupby(range(1, len(x)), born.get):
+            ids = x[list(run)].tolist()
+            text = "░" * len(ids) if when is None else encoding.decode(ids)
+            # Masks dim, the prompt plain.
+            code = {None: "2", 0: "0"}.get(when, f"38;5;{RAMP[((when or 1) - 1) % len(RAMP)]}")
+            cells += [(c if c.isprintable() else " ", code) for c in text]
+        step += 1
+        if not live:
+            print(f"m {m:.2f}  " + "".join(character for character, _ in cells), flush=True)
+            return
+        width = shutil.get_terminal_size().columns
+        lines = [cells[i : i + width] for i in range(0, len(cells), width)]
+        up = f"\033[{n_lines}A" if n_lines else ""
+        drawn = ("".join(f"\033[0;{code}m{c}" for c, code in line) for line in lines)
+        print(f"{up}\r\033[J" + "\033[0m\n".join(drawn) + "\033[0m", flush=True)
+        n_lines = len(lines)
+        time.sleep(0.3)
+
+    return watch
+
+
+def even_steps(n):
+    """n mask fractions evenly spaced over (0, 1]; None for n None."""
+    return n and [(i + 1) / n for i in range(n)]
+
+
+def sample_text(model, encoding, training, prompt="", length=None, left_to_right=None, steps=None,
+                watch=False, say=print, **how):
+    """One sample as text, in the way the run was trained: by diffusion, or left to right.
+
+    left_to_right: the exit to read (-1: the last), or None. watch: print every time step.
+    how: seed, temperature, top_p, order, as for `sample`.
+    """
+    config, x = model.config, begin(prompt, length, encoding, model.config)
+    causal, masked = config.attention_mode == "causal", training["time_step_masking"]
+    blanks = re.search("_{4,}", prompt)
+    if left_to_right is None and not (masked or blanks or steps or watch or "order" in how):
+        left_to_right = -1
+    if left_to_right is not None:
+        if not causal or blanks or watch or steps or "order" in how:
+            raise UserError("left to right needs a causal model and a prompt without blanks, and "
+                            "has no --order, --steps or --watch")
+    elif not masked:
+        say("note: trained without masks: [MASK] is new to this model")
+    if blanks and causal:
+        say("note: a causal model sees only what stands left of a blank")
     device = model.wte.weight.device
-    with autocast(device, compute_type(device, training["compute_type"])):
-        if training["time_step_masking"]:
-            ids, _ = sample(model, ids, length, seed)
+    dtype = compute_type(device, training["compute_type"])
+    model = expand(model, dtype)
+    with autocast(device, dtype):
+        if left_to_right is not None:
+            ids, _ = sample_left_to_right(model, x, left_to_right % model.blocks, **how)
         else:
-            ids = sample_left_to_right(model, ids, length, seed=seed)
+            show = {"watch": watcher(encoding, config.mask_id)} if watch else {}
+            ids, _ = sample(model, x, steps=even_steps(steps), **show, **how)
     return encoding.decode(ids[1:].tolist())
+
+
+def text_figures(rows, judge=None):
+    """Figures of written text, token ids (R, T); position 0 is context.
+
+    Returns:
+        dict: perplexity left to right under `judge` (None without one), the share of distinct
+        2-grams, the entropy in nats of the token frequencies; the last two over all rows together.
+    """
+    ce = judge and left_to_right(judge, rows)[-1]
+    written = rows[:, 1:].tolist()
+    pairs = [pair for row in written for pair in itertools.pairwise(row)]
+    share = np.array([*Counter(itertools.chain(*written)).values()]) / sum(map(len, written))
+    return {"judge_perplexity": ce and math.exp(ce), "distinct_2": len({*pairs}) / len(pairs),
+            "entropy": float(-(share * np.log(share)).sum())}
+
+
+def study_samples(folder, model, n, judge_folder=None, prompt="", length=None, left_to_right=-1,
+                  steps=None, seed=0, **how):
+    """Print and return what n samples of every way to write cost and are worth.
+
+    Orders x depths with the same seeds, in turns, so that a busy moment of the machine hits all of
+    them; left to right where the model is causal; and the validation text as a yardstick.
+
+    Args:
+        judge_folder: a run that scores the samples left to right, of the same vocabulary.
+        how: temperature, top_p. UserError for a judge that cannot score this text.
+    """
+    config, training, data = read_config(folder)
+    encoding = tokenizer(config.vocab_size, data.folder)
+    device = model.wte.weight.device
+    dtype = compute_type(device, training["compute_type"])
+    length = length or max(1, config.seq_len - 1 - len(encoding.encode_ordinary(prompt)))
+    x = begin(prompt, length, encoding, config)
+    model, judge = expand(model, dtype), None
+    if judge_folder:
+        judge = expand(load_run(judge_folder, device=device), dtype)
+        theirs = judge.config
+        if (theirs.vocab_size, theirs.attention_mode) != (config.vocab_size, "causal"):
+            raise UserError(f"{Path(judge_folder).name} cannot judge: it must be causal, with "
+                            f"vocab_size {config.vocab_size}")
+        if theirs.seq_len < len(x):
+            raise UserError(f"the judge reads {theirs.seq_len} tokens: give --length")
+    exit = left_to_right % model.blocks
+    ways = [*itertools.product(("ancestral", "confidence"), ("by noise", "full"))]
+    if config.attention_mode == "causal":
+        ways.append(("left to right", f"exit {exit}"))
+    runs = {way: [] for way in ways}  # (seconds, layer evaluations, ids)
+    with autocast(device, dtype):
+        for i, (order, depth) in itertools.product(range(n), ways):
+            start, seeded = time.perf_counter(), dict(how, seed=seed + i)
+            if order == "left to right":
+                ids, layers = sample_left_to_right(model, x, exit, **seeded)
+            else:
+                ids, layers = sample(model, x, steps=even_steps(steps), order=order,
+                                     full_depth=depth == "full", **seeded)
+            ids = ids.cpu()  # before the clock is read: a GPU may still be at work
+            runs[order, depth].append((time.perf_counter() - start, layers, ids))
+        tokens = load_tokens(data, "val", config.vocab_size)
+        table = []
+        for (order, depth), done in runs.items():
+            seconds, layers, ids = zip(*done)
+            table.append({"order": order, "depth": depth, "seconds": float(np.median(seconds)),
+                          "layers": float(np.median(layers)),
+                          **text_figures(torch.stack(ids), judge)})
+        real = text_figures(validation_rows(tokens, len(x), n), judge)
+        table.append({"order": "validation text", "depth": "", "seconds": None, "layers": None,
+                      **real})
+    name = judge_folder and Path(judge_folder).name
+    print(f"\n{Path(folder).name}: {n} samples of {len(x) - 1} tokens each way, the same seeds"
+          + (f"; judge: {name}, left to right" if judge else ""))
+    print("\norder            depth     s/sample  layers  "
+          + ("perplexity  " if judge else "") + "distinct 2-grams  entropy")
+    for row in table:
+        cost = f'{row["seconds"]:8.2f}  {row["layers"]:6.0f}' if row["layers"] else " " * 16
+        print(f'{row["order"]:15s}  {row["depth"]:8s}  {cost}  '
+              + (f'{row["judge_perplexity"]:10.1f}  ' if judge else "")
+              + f'{row["distinct_2"]:16.1%}  {row["entropy"]:7.2f}')
+    for order in ("ancestral", "confidence"):
+        by_noise, full = (row["seconds"] for row in table if row["order"] == order)
+        print(f"{order}: depth by noise is {full / by_noise:.2f} times as fast as full depth")
+    return {"samples": n, "tokens": len(x) - 1, "judge": name, "table": table}
 
 
 # ---------------------------------------------------------------------------------------------
 # The report
 
 
-def report(folder, model, full=False, precision=None, prompt="", say=print):
+def report(folder, model, full=False, precision=None, say=print):
     """Evaluate a run and print its tables and one sample.
 
     Args:
@@ -463,8 +726,8 @@ def report(folder, model, full=False, precision=None, prompt="", say=print):
         say(f"\nnote: training has not ended; only exits 0 to {model.blocks - 1} exist, and the "
             f"heavier mask fractions are read at the last of them")
     print_report(folder, result, say)
-    say(f'\nsample{" of " + repr(prompt) if prompt else ""}:')
-    say(sample_text(model, encoding, training, prompt, seed=training["seed"]).strip())
+    say("\nsample:")
+    say(sample_text(model, encoding, training, seed=training["seed"]).strip())
     return result
 
 
@@ -544,18 +807,22 @@ def precision_table(folder, device, full=False):
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
-        with autocast(device, compute_type(device, training["compute_type"])):
+        if not table:
+            exact = linears
+        db, worst = signal_to_noise(linears, exact)
+        held = memory(model)["total"]
+        dtype = compute_type(device, training["compute_type"])
+        model, bound = expand(model, dtype), None
+        with autocast(device, dtype):
             exits = left_to_right(model, rows)
-            bound = None
             if training["time_step_masking"]:
                 bound, _ = nelbo_12(model, rows, training["seed"])
         nats = min(exits) if bound is None else bound
         if not table:
-            exact, reference = linears, nats
-        db, worst = signal_to_noise(linears, exact)
+            reference = nats
         table[kind] = {"linear_bytes": stored, "bits_per_weight": 8 * stored / count,
                        "signal_to_noise_db": db, "worst_matrix_db": worst,
-                       "bytes": memory(model)["total"], "nelbo_12": bound,
+                       "bytes": held, "nelbo_12": bound,
                        "left_to_right": exits, "to_fp32": nats - reference}
         print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
               f"{f'{db:.2f} ({worst:.2f})' if db else 'exact':>17s}  "
@@ -565,23 +832,165 @@ def precision_table(folder, device, full=False):
     return table
 
 
-def compare(folders):
-    """Print evaluated runs side by side. UserError for one without eval.json."""
-    print("run               mode                  tokens  seconds  peak MiB  NELBO_12   NELBO  "
-          "left to right (best exit)")
-    for folder in folders:
-        _, training, _ = read_config(folder)
-        path = Path(folder) / "eval.json"
-        if not path.exists():
-            raise UserError(f"{path} is missing; python evaluate_gpt2.py --run {path.parent.name}")
+def kind_of_run(training):
+    """A few words on how a run was trained."""
+    if not training["time_step_masking"]:
+        return "next-token"
+    fused = training["mode"] == "fused"
+    return f'fused, {training["fusion_mode"]}' if fused else "end-to-end diffusion"
+
+
+def read_evaluation(folder):
+    """A run's eval.json. UserError where it is missing or damaged."""
+    path = Path(folder) / "eval.json"
+    again = f"python evaluate_gpt2.py --run {path.parent.name}"
+    if not path.exists():
+        raise UserError(f"{path} is missing; {again}")
+    with contextlib.suppress(AttributeError, ValueError):
         result = json.loads(path.read_text())
-        mode = training["mode"] if training["time_step_masking"] else "next-token"
-        mode = f'fused, {training["fusion_mode"]}' if mode == "fused" else mode
-        peak = max((stage["peak_mib"] for stage in result["memory"]["stages"]), default=math.nan)
-        best = min(result["left_to_right"]) if result["left_to_right"] else math.nan
-        print(f'{path.parent.name:16s}  {mode:16s}  {result["train_tokens"]:10,}  '
-              f'{result["train_seconds"]:7.0f}  {peak:8.0f}  {result["nelbo_12"]:8.3f}  '
-              f'{result["nelbo"]:6.3f}  {best:13.3f}')
+        if {"nelbo_12", "nelbo", "left_to_right", "bits_per_byte", "memory", "train_tokens",
+            "train_seconds", "rows"} <= result.keys():
+            return result
+    raise UserError(f"{path} is damaged or of another version; {again}")
+
+
+def compare(folders):
+    """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
+    def column(value, width, digits):
+        return f'{"-" if value is None else format(value, f",.{digits}f"):>{width}s}'
+
+    print(f'{"":54s}MiB{"":23s}left to right  bits per byte')
+    print("run               trained                seconds      tokens   held   peak  "
+          "NELBO_12   NELBO    best exit  bound    l. to r.")
+    scored = set()
+    for folder in map(Path, folders):
+        config, training, data = read_config(folder)
+        result = read_evaluation(folder)
+        text = json.loads((folder / "config.json").read_text()).get("tokens_sha256")
+        scored.add((text, config.vocab_size, config.seq_len, result["rows"], data.num_examples))
+        stages, bits = result["memory"]["stages"], result["bits_per_byte"]
+        held = max((stage["held"]["total"] / MIB for stage in stages), default=None)
+        peak = max((stage["peak_mib"] for stage in stages), default=None)
+        # [MASK] is new to a model trained without it: its bound says nothing.
+        bound = bool(training["time_step_masking"]) or None
+        best = result["left_to_right"] and min(result["left_to_right"])
+        print(f'{folder.name:16s}  {kind_of_run(training):20s}'
+              + column(result["train_seconds"], 10, 0) + column(result["train_tokens"], 12, 0)
+              + column(held, 7, 0) + column(peak, 7, 0)
+              + column(bound and result["nelbo_12"], 10, 3)
+              + column(bound and result["nelbo"], 8, 3) + column(best, 13, 3)
+              + column(bound and bits["nelbo"], 7, 3) + column(bits["left_to_right"], 12, 3))
+    if len(scored) > 1:
+        print("note: these runs were scored on different rows or vocabularies: only their bits per "
+              "byte can be compared")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def plot(folders, target, device):
+    """Write loss.png, cross_entropy.png and memory.png of one or more runs into folder `target`.
+
+    The cross-entropies are computed here: every exit at every time step, on PLOT_ROWS rows.
+    UserError without matplotlib, the one optional package.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3,
+                         "axes.axisbelow": True, "savefig.dpi": 110, "figure.figsize": (9, 5.5),
+                         "figure.constrained_layout.use": True, "legend.frameon": False})
+    Path(target).mkdir(parents=True, exist_ok=True)
+    pictures = (("loss", plot_loss), ("cross_entropy", plot_cross_entropy),
+                ("memory", plot_memory))
+    for name, draw in pictures:
+        figure, axes = plt.subplots()
+        draw(axes, [Path(folder) for folder in folders], device)
+        figure.savefig(Path(target) / f"{name}.png")
+        plt.close(figure)
+        print(f"written to {Path(target) / name}.png")
+
+
+def plot_loss(axes, folders, device):
+    """Training loss over steps; a dotted line where a stage begins, named if there is one run."""
+    for index, folder in enumerate(folders):
+        done, colour = 0, f"C{index}"
+        stages = read_metrics(folder, "plan")[-1]["stages"]
+        for stage in stages:
+            lines = [line for line in read_metrics(folder, "step")
+                     if line["stage"] == stage["index"]]
+            axes.plot([done + line["step"] for line in lines], [line["loss"] for line in lines],
+                      color=colour, label=None if stage["index"] else folder.name)
+            if len(folders) == 1 or stage["index"]:
+                axes.axvline(done, color=colour, linestyle=":")
+            if len(folders) == 1:
+                m = stage["time_steps"]
+                axes.text(done, 1.01, f' stage {stage["index"] + 1}: m {m[0]:g} to {m[-1]:g}',
+                          transform=axes.get_xaxis_transform(), fontsize=11)
+            done += stage["steps"]
+    axes.set(xlabel="step", ylabel="training loss, nats per scored token")
+    axes.legend(loc="upper right")
+
+
+def plot_cross_entropy(axes, folders, device):
+    """CE(m) of every exit, also outside its own band; solid where the exit owns m."""
+    for index, folder in enumerate(folders):
+        config, training, data = read_config(folder)
+        dtype = compute_type(device, training["compute_type"])
+        model = expand(load_run(folder, device=device), dtype)
+        tokens = load_tokens(data, "val", config.vocab_size)
+        rows = validation_rows(tokens, config.seq_len, PLOT_ROWS)
+        noise = row_noise(len(rows), config.seq_len, training["seed"], tag=0)
+        steps = sorted({*config.time_step_mask_fractions, 1.0})
+        steps = [0.0] * (config.attention_mode == "causal") + steps
+        for block in range(model.blocks):
+            with autocast(device, dtype):
+                ce = [score(model, rows, torch.full((len(rows),), m), block, noise)[0].mean()
+                      for m in steps]
+            own = [m > 0 and exit_of(m, model) == block for m in steps]
+            colour = f"C{index if len(folders) > 1 else block}"
+            axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
+            axes.plot(*zip(*[point for point, mine in zip(zip(steps, ce), own) if mine]),
+                      color=colour, marker="os^Dv"[block % 5],
+                      label=f"{folder.name}, exit {block}" if model.blocks > 1 else folder.name)
+    axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
+    axes.set_title(f"{PLOT_ROWS} validation rows; marked where the exit owns m", fontsize=12)
+    axes.legend(fontsize=11)
+
+
+def plot_memory(axes, folders, device):
+    """What training holds at each stage, in bars; a line at what `mode: standard` would hold."""
+    labels, top = [], 0
+    for folder in folders:
+        first = len(labels)
+        stages = read_metrics(folder, "stage")
+        for stage in stages:
+            held = {kind: value / MIB for kind, value in stage["held"].items()}
+            parts = {"gradients": held["gradients"], "optimizer": held["optimizer"]}
+            parts = {"weights": held["total"] - sum(parts.values())} | parts
+            bottom = 0
+            for colour, (kind, value) in enumerate(parts.items()):
+                axes.bar(len(labels), value, 0.6, bottom, color=f"C{colour}",
+                         label=None if labels else kind)
+                bottom += value
+            labels.append(f'{folder.name}\nstage {stage["stage"] + 1}')
+            top = max(top, bottom, stage["standard_bytes"] / MIB)
+        if stages:
+            axes.hlines(stages[0]["standard_bytes"] / MIB, first - 0.45, len(labels) - 0.55,
+                        "black", "dashed", label=None if first else "mode: standard")
+    axes.set_xticks(range(len(labels)), labels, fontsize=11)
+    axes.set(ylabel="held by training, MiB", ylim=(0, 1.25 * top or 1))
+    axes.grid(axis="x", visible=False)
+    axes.legend(ncols=4, loc="upper center", fontsize=11)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
 
 
 def export(folder, target, precision=None):
@@ -616,8 +1025,12 @@ def pick_device(name):
     raise UserError(f"device {name!r} is unknown or not available here; use auto, cpu, cuda or mps")
 
 
-@one_line_errors
-def main(argv=None):
+SAMPLING = ("prompt", "length", "steps", "order", "temperature", "top_p", "seed", "left_to_right",
+            "watch")
+
+
+def parse(argv):
+    """The command line. UserError for numbers out of range."""
     parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
     parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run; with --precision "
                         "all also a path to weights in Hugging Face's GPT-2 layout")
@@ -627,31 +1040,93 @@ def main(argv=None):
     parser.add_argument("--export", metavar="FOLDER", help="write the last exit, adapters merged, "
                         "in Hugging Face's GPT-2 layout, fp32 (with --precision fp16: fp16)")
     parser.add_argument("--compare", nargs="+", metavar="RUN_ID", help="runs side by side")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="begin the sample with TEXT")
+    parser.add_argument("--plot", nargs="?", const="", metavar="FOLDER",
+                        help="write pictures, of the runs of --compare if given")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--full", action="store_true", help="score every validation row")
     parser.add_argument("--json", metavar="PATH", help="where to write the figures")
+    group = parser.add_argument_group("sampling (with one of these nothing is evaluated)")
+    group.add_argument("--prompt", metavar="TEXT", help="text to go on from; each ____ in it is a "
+                       "blank of one token to fill in")
+    group.add_argument("--length", type=int, metavar="N", help="tokens to write (64)")
+    group.add_argument("--steps", type=int, metavar="N", help="even time steps (the run's own)")
+    group.add_argument("--order", choices=("ancestral", "confidence"))
+    group.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest (1)")
+    group.add_argument("--top-p", type=float, metavar="P", help="share of probability kept (0.95)")
+    group.add_argument("--seed", type=int, metavar="N")
+    group.add_argument("--left-to-right", type=int, nargs="?", const=-1, metavar="EXIT",
+                       help="token after token, from this exit of a causal model (the last)")
+    group.add_argument("--watch", action="store_true", default=None, help="show every time step")
+    group.add_argument("--samples", type=int, metavar="N", help="measure every way to sample")
+    group.add_argument("--judge", metavar="RUN_ID", help="run that scores the --samples")
     args = parser.parse_args(argv)
-    if args.compare:
-        compare([Path(args.folder) / run for run in args.compare])
+    for name, least, most in (("length", 1, math.inf), ("steps", 1, 10_000), ("seed", 0, 2**63 - 1),
+                              ("samples", 1, math.inf), ("temperature", 0, 1e6),
+                              ("top_p", 1e-9, 1)):
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
+    if args.samples and (args.order or args.watch):
+        raise UserError("--samples measures every order: leave --order and --watch out")
+    if args.judge and not args.samples:
+        raise UserError("--judge scores samples: say how many with --samples N")
+    args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
+    if (args.how or args.samples) and (args.precision == "all" or args.compare):
+        raise UserError("to sample, name one run with --run and one precision")
+    return args
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse(argv)
+    runs = Path(args.folder)
+    folder = runs / args.run if args.run else None
+    if args.compare or args.plot is not None:
+        folders = [runs / run for run in args.compare or [args.run or newest_run(runs).name]]
+        if args.plot is None:
+            compare(folders)
+        else:
+            for folder in folders:
+                read_config(folder)  # before anything is computed
+            plot(folders, args.plot or folders[0], pick_device(args.device))
         return 0
     keep_freed_memory()
-    folder = Path(args.folder) / args.run if args.run else newest_run(args.folder)
+    folder = folder or newest_run(runs)
     if args.run and is_pretrained(Path(args.run)):
         folder = Path(args.run)
         if args.precision != "all":
             raise UserError(f"{folder} holds weights, not a run; add --precision all")
     device = pick_device(args.device)
+    config, training, data = read_config(folder)
     if args.export:
         export(folder, args.export, args.precision)
         return 0
+    for default in [] if is_pretrained(folder) else defaults_used(folder):
+        print(f"note: {folder.name} was made before there was {default}, which is taken for it")
+    name = "samples.json" if args.samples else "eval.json"
+    name = f"eval_{args.precision}.json" if args.precision and not args.samples else name
+    path = Path(args.json or (folder.parent if folder.is_file() else folder) / name)
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of scoring
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give --json the name of a file")
     if args.precision == "all":
         result = precision_table(folder, device, args.full)
     else:
         model = load_run(folder, args.precision, device)
-        result = report(folder, model, args.full, args.precision, args.prompt)
-    name = f"eval_{args.precision}.json" if args.precision else "eval.json"
-    path = Path(args.json or (folder.parent if folder.is_file() else folder) / name)
+        if not -1 <= (args.left_to_right or 0) < model.blocks:
+            raise UserError(f"exit {args.left_to_right} does not exist; this run has exits 0 to "
+                            f"{model.blocks - 1}")
+        if args.samples:
+            judge = args.judge and runs / args.judge
+            result = study_samples(folder, model, args.samples, judge, **args.how)
+        elif args.how:
+            encoding = tokenizer(config.vocab_size, data.folder)
+            text = sample_text(model, encoding, training, **args.how)
+            if not args.watch:
+                print(text.strip())
+            return 0
+        else:
+            result = report(folder, model, args.full, args.precision)
     write_atomically(path, json.dumps(result, indent=1).encode())
     print(f"\nwritten to {path}")
     return 0

@@ -6,7 +6,7 @@ Read from top to bottom:
 2. `Attention`, `MLP`, `Layer`, `GPT`   the network of Radford et al. 2019, with one exit per block
 3. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
 4. `token_weights`, `chunked_cross_entropy`, `diffusion_loss`   the objective
-5. `sample_tokens`, `reverse_step`      the reverse process p(x_s | x_t)
+5. `sample_tokens`, `reverse_step`, `confident_step`   the reverse process p(x_s | x_t)
 6. `read_pretrained`, `read_safetensors`, `fetch_gpt2`   GPT-2 weights in and out
 
 Letters in the shape comments: B rows, T positions (seq_len at most), d = d_model, V = rows of the
@@ -200,6 +200,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.head_weight = None  # wte in the compute type, where evaluation has converted it once
         self.wte = nn.Embedding(config.rows, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
         self.mask_row = None  # plain QLoRA trains this row (d,) beside an embedding that is frozen
@@ -294,7 +295,8 @@ class GPT(nn.Module):
         Ids from vocab_size up ([MASK] and the padding rows) get -inf: they are never predicted.
         """
         dtype = product_dtype(hidden)
-        logits = F.linear(hidden.to(dtype), self.wte.weight.to(dtype))  # (..., V)
+        weight = self.wte.weight if self.head_weight is None else self.head_weight
+        logits = F.linear(hidden.to(dtype), weight.to(dtype))  # (..., V)
         return logits.index_fill(-1, self._not_text(), -torch.inf)
 
     def _not_text(self):
@@ -489,7 +491,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -torch.inf
             gap = logits.amax(-1, keepdim=True).float() - logits.gather(1, target).float()
             if not (need_h or need_W):
-                hit[part] = logits.argmax(-1) == targets[part]
+                # argmax over bf16 takes half as long as the product; few rows can be hits at all.
+                best = (gap == 0).squeeze(1).nonzero().squeeze(1)  # where the target is a maximum
+                hit[i + best] = logits[best].argmax(-1) == targets[i + best]
             p = torch.softmax(logits, -1, out=logits)  # (chunk, V)
             # -log p[target] by way of the largest p, which cannot underflow.
             ce[part] = (gap - p.amax(-1, keepdim=True).float().log()).squeeze(1)
@@ -552,7 +556,7 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
     scored = torch.ones_like(mask[:, 1:]) if causal else mask[:, 1:]  # (B, T-1)
     loss, ce, hit = chunked_cross_entropy(
         hidden.flatten(0, 1) if causal else hidden[scored],
-        model.wte.weight,
+        model.wte.weight if model.head_weight is None else model.head_weight,
         x_0[:, 1:][scored],
         weights[scored] / (rows or len(x_0)),
         model.config.vocab_size,
@@ -574,11 +578,16 @@ def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)  # (N, V)
-    if top_p < 1:
+    if top_p == 1:
+        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    ranked, order = p.topk(min(8192, p.size(-1)))  # a full sort takes four times as long
+    if (ranked.sum(-1) < top_p).any():
         ranked, order = p.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the likeliest token always stays
-        p = torch.zeros_like(p).scatter(-1, order, ranked)
-    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    reached = ranked.cumsum(-1)  # (N, V), or fewer columns
+    kept = ((reached - ranked < top_p) & (ranked > 0)).sum(-1, keepdim=True)  # (N, 1), at least 1
+    u = torch.rand(kept.shape, generator=generator, device=p.device)
+    drawn = torch.searchsorted(reached, u * reached.gather(-1, kept - 1), right=True)  # (N, 1)
+    return order.gather(-1, drawn.minimum(kept - 1)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -603,6 +612,31 @@ def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, genera
         hidden = model.hidden(x_t, block)[:, :-1][reveal[:, 1:]]  # (N, d): the shift
         x_s[reveal] = sample_tokens(model.head(hidden), temperature, top_p, generator)
     return x_s
+
+
+@torch.no_grad()
+def confident_step(model, x_t, n_left, block, temperature=1.0, top_p=1.0, generator=None):
+    """One step by confidence (MaskGIT, Chang et al. 2022): the surest predictions are revealed.
+
+    Every [MASK] gets a draw; the n_left draws that the model itself finds least likely stay [MASK].
+    Revealed tokens never change. Not the reverse process of the bound: likelier, less varied text.
+
+    Args:
+        x_t: (B, T), at least n_left [MASK] in each row; position 0 must not be [MASK].
+
+    Returns:
+        x_s: (B, T) with n_left [MASK] in each row.
+    """
+    masked = x_t == model.config.mask_id  # (B, T)
+    x_s = x_t.clone()
+    if (masked.sum(1) == n_left).all():
+        return x_s
+    logits = model.head(model.hidden(x_t, block)[:, :-1][masked[:, 1:]]).float()  # (N, V)
+    x_s[masked] = sample_tokens(logits, temperature, top_p, generator)
+    drawn = logits.gather(1, x_s[masked][:, None]).squeeze(1) - logits.logsumexp(1)  # log p, (N,)
+    surety = torch.full(x_t.shape, torch.inf, device=x_t.device)
+    surety[masked] = drawn  # (B, T)
+    return x_s.scatter(1, surety.topk(n_left, largest=False).indices, model.config.mask_id)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,14 +1,20 @@
 """The metrics against enumeration and closed forms on toy vocabularies."""
 
 import itertools
+import json
 import math
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate_gpt2 as e
-from model import block_of
+import lora
+import quant
+import train_gpt2_fusion as train
+from model import autocast, block_of
 from test_model import BOTH, TOY, toy_model
 
 SMALL = dict(vocab_size=3, seq_len=4)
@@ -34,19 +40,21 @@ def enumerated_nelbo_12(model, row):
 
 
 @torch.no_grad()
-def test_nelbo_12_by_hand():
-    """Three positions, causal: only the mask of position 1 matters, so 100 evenly spaced numbers
-    for it (the time steps are whole percents) make the estimate exact."""
-    model = toy_model(vocab_size=4, seq_len=3, scale=5.0)
-    row = torch.tensor([1, 3, 0])
-    noise = torch.full((100, 3), 0.5)
-    noise[:, 1] = (torch.arange(100) + 0.5) / 100
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(e, "row_noise", lambda *args, **kwargs: noise)
-        bound, table = e.nelbo_12(model, row.repeat(100, 1), seed=0)
-    assert bound == pytest.approx(enumerated_nelbo_12(model, row), abs=1e-5)
-    assert [step["layers"] for step in table] == [2] * 4 + [4] * 3 + [6] * 6
-    assert table[-1]["mask_fraction"] == 1.0
+@BOTH
+def test_nelbo_12_is_the_enumerated_value(attention):
+    """Time steps that are quarters, and the 4^3 grid of uniform numbers for three positions, give
+    every mask as often as its probability says, so the estimate has no error left."""
+    quarters = dict(SMALL, time_step_mask_fractions=(0.25, 0.5, 0.75))
+    grid = torch.tensor([*itertools.product([0.5], *[[0.125, 0.375, 0.625, 0.875]] * 3)])  # (64, 4)
+    for scale, row in ((4.0, [0, 2, 1, 2]), (4.0, [1, 0, 0, 2]), (0.0, [2, 1, 1, 0])):
+        model, row = toy_model(attention_mode=attention, scale=scale, **quarters), torch.tensor(row)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(e, "row_noise", lambda *args, **kwargs: grid)
+            bound, table = e.nelbo_12(model, row.repeat(64, 1), seed=0)
+        assert bound == pytest.approx(enumerated_nelbo_12(model, row), abs=2e-6)
+        assert [step["layers"] for step in table] == [2, 4, 6, 6]  # depth by noise
+        assert table[-1]["mask_fraction"] == 1.0
+    assert bound == pytest.approx(math.log(3), abs=1e-6)  # uniform; less without the term at m = 1
 
 
 @torch.no_grad()
@@ -54,10 +62,10 @@ def test_nelbo_12_by_hand():
 def test_nelbo_12_estimates_the_enumerated_value(attention):
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
-    bounds = [e.nelbo_12(model, row.repeat(100, 1), seed=seed)[0] for seed in range(8)]
+    bounds = [e.nelbo_12(model, row.repeat(12, 1), seed=seed)[0] for seed in range(8)]
     error = np.std(bounds, ddof=1) / math.sqrt(8)
     assert abs(np.mean(bounds) - enumerated_nelbo_12(model, row)) < 4 * error + 1e-6
-    assert error < 0.1
+    assert error < 0.3
 
 
 @torch.no_grad()
@@ -65,10 +73,10 @@ def test_nelbo_12_estimates_the_enumerated_value(attention):
 def test_the_bound_is_a_bound(attention):
     """exp(-NELBO) summed over all texts is at most 1, and exactly 1 for uniform predictions (which
     would exceed 1 if the term at m = 1 were left out)."""
-    for scale in (0.0, 4.0):
+    for scale, first in ((0.0, 1), (4.0, 0), (4.0, 1), (4.0, 2)):
         model = toy_model(attention_mode=attention, scale=scale, **SMALL)
         total = sum(
-            math.exp(-3 * enumerated_nelbo_12(model, torch.tensor([1, *rest])))
+            math.exp(-3 * enumerated_nelbo_12(model, torch.tensor([first, *rest])))
             for rest in itertools.product(range(3), repeat=3)
         )
         assert total == pytest.approx(1, abs=1e-5) if scale == 0 else total <= 1
@@ -82,11 +90,12 @@ def test_the_bound_is_a_bound(attention):
 @torch.no_grad()
 def test_left_to_right_is_a_distribution():
     model = toy_model(scale=4.0, **SMALL)
-    for block in range(3):
-        total = 0.0
+    for first in range(3):
+        totals = np.zeros(3)  # one per exit
         for rest in itertools.product(range(3), repeat=3):
-            total += math.exp(-3 * e.left_to_right(model, torch.tensor([[2, *rest]]))[block])
-        assert total == pytest.approx(1, abs=1e-5)
+            exits = e.left_to_right(model, torch.tensor([[first, *rest]]))
+            totals += np.exp(-3 * np.array(exits))
+        assert totals == pytest.approx(1, abs=1e-5)
     bidirectional = toy_model(attention_mode="bidirectional", **SMALL)
     assert e.left_to_right(bidirectional, torch.zeros(1, 4, dtype=torch.long)) is None
 
@@ -94,28 +103,54 @@ def test_left_to_right_is_a_distribution():
 @torch.no_grad()
 @BOTH
 def test_the_continuous_bound_covers_the_integral(attention):
-    """Against the midpoint rule on the enumerated CE(m), for 12 seeds: the error stays within 4
-    standard errors (8 replicates, so Student's t with 7 degrees; p < 0.006 each)."""
+    """The 95 % interval (8 replicates: Student's t with 7 degrees) holds the midpoint rule's value
+    of the enumerated integral for 95 % of the seeds; of 60, fewer than 51 has a chance of 0.002."""
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
-    grid = [(i + 0.5) / 200 for i in range(200)]
+    grid = [(i + 0.5) / 400 for i in range(400)]
     exact = np.mean([enumerated_ce(model, row, m, block_of(m, model.config)) for m in grid])
-    outside = 0
-    for seed in range(12):
-        mean, stderr = e.nelbo(model, row.repeat(64, 1), seed)
-        assert 0 < stderr < 0.1
-        outside += abs(mean - exact) > 4 * stderr + 2e-3
-    assert outside <= 1
+    inside = 0
+    for seed in range(60):
+        mean, stderr = e.nelbo(model, row.repeat(3, 1), seed)
+        inside += abs(mean - exact) < 2.365 * stderr
+    assert 51 <= inside < 60
 
 
 @torch.no_grad()
-def test_metrics_repeat_to_the_last_digit_whatever_the_batch():
-    model, rows = toy_model(), torch.randint(5, (30, 8))
-    assert e.evaluate(model, rows, 3, "fp32") == e.evaluate(model, rows, 3, "fp32")
-    noise, m = e.row_noise(30, 8, 3, 0), torch.full((30,), 0.5)
-    one = e.score(model, rows, m, 1, noise, batch_size=30)[0]
-    two = e.score(model, rows, m, 1, noise, batch_size=7)[0]
-    assert torch.allclose(one, two, atol=1e-6)
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_figures_do_not_depend_on_the_rows_beside_it(attention, dtype):
+    """To the last digit. At these sizes products of other shapes do differ in it."""
+    model, rows = toy_model(attention_mode=attention), torch.randint(5, (30, 8))
+    noise = e.row_noise(30, 8, 3, 0)
+    with autocast(torch.device("cpu"), dtype):
+        for m in (0.1, 0.5, 1.0):
+            m = torch.full((30,), m)
+            together = e.score(model, rows, m, 2, noise)
+            for size in (1, 7, 20):
+                parts = [e.score(model, rows[i : i + size], m[i : i + size], 2, noise[i : i + size])
+                         for i in range(0, 30, size)]
+                for whole, split in zip(together, zip(*parts)):
+                    assert torch.equal(whole, torch.cat(split))
+    assert e.evaluate(model, rows[:3], 3, "bf16") == e.evaluate(model, rows[:3], 3, "bf16")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", quant.KINDS)
+def test_expanding_the_weights_changes_no_bit(kind):
+    model = toy_model()
+    lora.add_adapters(model, 1, rank=2, alpha=4.0, layers=range(2))
+    for B in lora.adapter_state(model, 1).values():
+        torch.nn.init.normal_(B)
+    quant.freeze_block(model, 0, kind)
+    rows = torch.randint(5, (4, 8))
+    for dtype in (torch.float32, torch.bfloat16):
+        with autocast(torch.device("cpu"), dtype):
+            expanded = e.expand(model, dtype)
+            for block in range(3):
+                assert torch.equal(model(rows, block), expanded(rows, block))
+    assert not any(isinstance(m, quant.QuantLinear) for m in expanded.modules())
+    assert any(isinstance(m, quant.QuantLinear) for m in model.modules())
 
 
 def test_unigram_entropy_by_hand():
@@ -124,19 +159,188 @@ def test_unigram_entropy_by_hand():
     assert e.unigram_entropy([0, 0, 1], [0, 2], 3) == pytest.approx(expected)
 
 
+def canvas(config, prompt, n_masks):
+    return torch.tensor(prompt + [config.mask_id] * n_masks)
+
+
 @BOTH
-def test_samples_keep_the_prompt_and_hold_no_mask(attention):
-    model = toy_model(attention_mode=attention)
-    ids, layers = e.sample(model, [1, 4], 8, seed=1)
-    assert ids[:2].tolist() == [1, 4] and len(ids) == 8
-    assert ids.max() < TOY.vocab_size
+@pytest.mark.parametrize("order", ["ancestral", "confidence"])
+def test_samples_keep_what_is_revealed_and_hold_no_mask(attention, order):
+    model = toy_model(attention_mode=attention, seq_len=64)
+    seen = []
+    x = canvas(model.config, [1, 4], 62)
+    ids, layers = e.sample(model, x, 1, order=order, watch=lambda m, x: seen.append((m, x.clone())))
+    assert ids[:2].tolist() == [1, 4] and len(ids) == 64 and ids.max() < TOY.vocab_size
     assert layers == 4 * 2 + 3 * 4 + 5 * 6  # 50 of 72 layer evaluations: depth by noise
-    again, _ = e.sample(model, [1, 4], 8, seed=1)
+    assert [m for m, _ in seen] == [1.0, *model.config.time_step_mask_fractions[-2::-1], 0.0]
+    for (_, before), (m, after) in itertools.pairwise(seen):
+        shown = before != model.config.mask_id
+        assert torch.equal(before[shown], after[shown])
+        if order == "confidence":
+            assert (after == model.config.mask_id).sum() == round(m * 62)
+    again, _ = e.sample(model, x, 1, order=order)
     assert torch.equal(ids, again)
+    other, layers = e.sample(model, x, 2, order=order, full_depth=True, steps=e.even_steps(5))
+    assert layers == 5 * 6 and not torch.equal(ids, other)
+
+
+def test_confidence_reveals_the_likeliest_draws_first():
+    """At temperature 0 the draws are the likeliest tokens, and those shown have the highest p."""
+    model = toy_model(attention_mode="bidirectional")
+    x = canvas(model.config, [3], 7)
+    seen = []
+    e.sample(model, x, 0, 0, steps=[0.5, 1.0], order="confidence",
+             watch=lambda m, x: seen.append(x.clone()))
+    p, token = torch.softmax(model(x[None], 2)[0, :-1], -1).max(-1)
+    shown = torch.zeros(7, dtype=torch.bool).index_fill(0, p.topk(7 - round(0.5 * 7)).indices, True)
+    assert torch.equal(seen[1][1:] != model.config.mask_id, shown)
+    assert torch.equal(seen[1][1:][shown], token[shown])
 
 
 def test_left_to_right_samples_from_any_exit():
     model = toy_model()
     for block in range(3):
-        ids = e.sample_left_to_right(model, [3], 8, block)
+        x = canvas(model.config, [3], 7)
+        ids, layers = e.sample_left_to_right(model, x, block)
+        assert torch.equal(x, canvas(model.config, [3], 7))  # the argument is left alone
         assert len(ids) == 8 and ids[0] == 3 and ids.max() < TOY.vocab_size
+        assert layers == 7 * 2 * (block + 1)
+
+
+def test_figures_of_text_by_hand():
+    rows = torch.tensor([[9, 0, 1, 0], [9, 0, 1, 1]])  # position 0 is context
+    figures = e.text_figures(rows)
+    assert figures["judge_perplexity"] is None
+    assert figures["distinct_2"] == 3 / 4  # 01, 10, 01, 11
+    assert figures["entropy"] == pytest.approx(math.log(2))
+    judge = toy_model()
+    rows = torch.randint(5, (3, 8))
+    expected = math.exp(e.left_to_right(judge, rows)[2])
+    assert e.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(toy, capsys):
+    """run(*options) -> (status, stdout, stderr) of evaluate_gpt2.py on a finished toy run."""
+    assert train.main(toy()) == 0
+
+    def command(*options):
+        capsys.readouterr()
+        options = ["--folder", str(toy.folder.parent), *map(str, options)]
+        return e.main(options), *capsys.readouterr()
+
+    command.folder, command.toy = toy.folder, toy
+    return command
+
+
+def test_sampling_from_the_command_line(run, monkeypatch):
+    evaluated = (run.folder / "eval.json").read_bytes()
+    assert run("--prompt", "the people", "--seed", 3)[1] == run("--prompt", "the people",
+                                                               "--seed", 3)[1]
+    status, out, _ = run("--prompt", "of ____ and ____.")
+    note, text = out.split("\n", 1)
+    assert status == 0 and "left of a blank" in note
+    assert text.startswith("of") and " and" in text and text.endswith(".\n") and "____" not in text
+    status, out, _ = run("--watch", "--order", "confidence", "--length", 12, "--steps", 4)
+    lines = out.split("\n")[:-1]
+    assert [line.count("░") for line in lines] == [12, 9, 6, 3, 0]
+    status, out, _ = run("--left-to-right", 0, "--length", 5, "--temperature", 0)
+    assert status == 0 and out
+    assert (run.folder / "eval.json").read_bytes() == evaluated
+    # every way to sample, measured; the run judges itself
+    status, out, _ = run("--samples", 2, "--judge", "toy", "--temperature", 0.9)
+    table = json.loads((run.folder / "samples.json").read_text())["table"]
+    ways = [(row["order"], row["depth"]) for row in table]
+    assert ways[:2] == [("ancestral", "by noise"), ("ancestral", "full")]
+    assert [order for order, _ in ways[4:]] == ["left to right", "validation text"]
+    assert table[0]["layers"] < table[1]["layers"] and table[4]["layers"] == 31 * 6
+    assert all(row["layers"] > 0 for row in table[:5])
+    assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
+    assert "times as fast" in out and (run.folder / "eval.json").read_bytes() == evaluated
+    # on a terminal the text is redrawn in place
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(e.time, "sleep", lambda seconds: None)
+    _, out, _ = run("--watch", "--steps", 3, "--length", 8)
+    assert out.count("\033[1A\r\033[J") == 3  # one line, drawn four times
+    assert out.count("░") > 8 and f"38;5;{e.RAMP[0]}m" in out
+    assert "░" not in out[out.rindex("\033[J") :]
+
+
+def test_pictures(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        status, _, error = run("--plot")
+        assert status == 2 and "pip install matplotlib" in error
+    pytest.importorskip("matplotlib")
+    assert run("--plot", run.folder / "pictures")[0] == 0
+    for name in ("loss", "cross_entropy", "memory"):
+        picture = (run.folder / "pictures" / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_runs_that_cannot_be_compared_but_in_bits_per_byte(run):
+    other = run.folder.with_name("next")
+    shutil.copytree(run.folder, other)
+    config = json.loads((other / "config.json").read_text())
+    config["training"]["time_step_masking"] = False
+    (other / "config.json").write_text(json.dumps(config))
+    status, out, _ = run("--compare", "toy", "next")
+    assert status == 0 and "bits per byte can" not in out.replace("byte \n", "")
+    assert out.splitlines()[-1].split()[-5:-3] == ["-", "-"]  # no bound without masks
+    result = json.loads((other / "eval.json").read_text())
+    (other / "eval.json").write_text(json.dumps(result | {"rows": 7}))
+    assert "only their bits per byte" in run("--compare", "toy", "next")[1]
+
+
+def test_damage_and_mistakes_end_in_one_line(run, tmp_path):
+    def refused(*words, options=()):
+        status, _, error = run(*options)
+        assert status == 2 and len(error.strip().splitlines()) == 1, error
+        assert error.startswith("error:") and all(word in error for word in words), error
+
+    refused("'other'", "toy", options=["--run", "other"])
+    refused("shorten", options=["--prompt", "the people " * 20])
+    refused("shorten", options=["--prompt", "the ____" * 20])
+    refused("--length", options=["--prompt", "the ____", "--length", 3])
+    refused("--length", options=["--length", 0])
+    refused("--top-p", options=["--top-p", 1.5])
+    refused("exit 7", options=["--left-to-right", 7])
+    refused("--order", options=["--left-to-right", "--order", "confidence"])
+    refused("--samples", options=["--judge", "toy"])
+    refused("one precision", options=["--prompt", "a", "--precision", "all"])
+    refused("is a folder", options=["--json", tmp_path])
+    assert run("--precision", "nf4", "--json", tmp_path / "new" / "a.json")[0] == 0
+    assert (tmp_path / "new" / "a.json").exists()
+
+    def damaged(name, change, *words, options=("--prompt", "a")):
+        path = run.folder / name
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        refused(name.split("/")[-1], *words, options=options)
+        path.write_bytes(whole)
+
+    def without(section, key):
+        return lambda data: json.dumps({name: {k: v for k, v in part.items() if (name, k) !=
+                                               (section, key)} if isinstance(part, dict) else part
+                                        for name, part in json.loads(data).items()}).encode()
+
+    def flipped(data):
+        half = len(data) // 2
+        return data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+
+    damaged("checkpoint.pt", flipped)
+    damaged("backup/block_1.pt", flipped)
+    damaged("config.json", lambda data: data[:-30])
+    damaged("config.json", lambda data: data.replace(b'"n_heads"', b'"heads"'), "heads")
+    damaged("config.json", without("training", "qlora_rank"), "qlora_rank")
+    damaged("metrics.jsonl", lambda data: data[:-5], "line", options=())
+    damaged("eval.json", lambda data: data[:-5], "--run toy", options=["--compare", "toy"])
+    damaged("eval.json", lambda data: b"[1]", "--run toy", options=["--compare", "toy"])
+    # a run made before a key existed: its default, and a note
+    path = run.folder / "config.json"
+    path.write_bytes(without("model", "dropout")(path.read_bytes()))
+    status, out, _ = run("--prompt", "a")
+    assert status == 0 and "note" in out and "model.dropout=0.0" in out
