@@ -216,11 +216,15 @@ def main(argv=None):
         table[name] = json.loads(text)
     ours = {name: build(name, args) for name in chosen if name not in REFERENCES}
     others = {name: child(name, args, "steps-of") for name in chosen if name in REFERENCES}
-    times = {name: [] for name in chosen}
+    times, rates = {name: [] for name in chosen}, {name: [] for name in ours}
     for _ in range(args.steps + 1):
         for name in chosen:
-            step = others[name] if name in others else ours[name]
-            times[name].append(step_in(step) if name in others else step.step())
+            if name in others:
+                times[name].append(step_in(others[name]))
+                continue
+            variant = ours[name]
+            rates[name].append(train.matmul_rate(variant.config, variant.dtype))
+            times[name].append(variant.step())
     for process in others.values():
         process.communicate()
     print(f"{torch.get_num_threads()} threads, medians of {args.steps} steps taken in turns\n")
@@ -235,8 +239,7 @@ def main(argv=None):
         limit = ""
         if variant:
             flops = tokens * train.matmul_flops(variant.stage, config)
-            rate = train.matmul_rate(config, variant.dtype)
-            row["share_of_limit"] = flops / seconds / rate
+            row["share_of_limit"] = flops / seconds / statistics.median(rates[name][1:])
             limit = f"{row['share_of_limit']:.2f}"
         print(f"{name:32s}  {seconds:6.3f}  {tokens / seconds:8,.0f}  {limit:>8s}"
               f"  {row['held_mib']:8.0f}  {row['peak_mib']:8.0f}")

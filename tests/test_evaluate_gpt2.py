@@ -139,7 +139,7 @@ def test_a_rows_figures_do_not_depend_on_the_rows_beside_it(attention, dtype):
 @pytest.mark.parametrize("kind", quant.KINDS)
 def test_expanding_the_weights_changes_no_bit(kind):
     model = toy_model()
-    lora.add_adapters(model, 1, rank=2, alpha=4.0, layers=range(2))
+    lora.add_adapters(model, 1, rank=2, alpha=4.0)
     for B in lora.adapter_state(model, 1).values():
         torch.nn.init.normal_(B)
     quant.freeze_block(model, 0, kind)
