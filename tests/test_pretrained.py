@@ -682,7 +682,7 @@ def test_export_refuses_what_the_layout_cannot_hold(toy, ended, tmp_path, capsys
     for options, words in (
         (["--export", target], "causal"),
         (["--export", target, "--precision", "all"], "one precision"),
-        (["--export", toy.folder], "another folder"),
+        (["--export", toy.folder], "new folder"),
     ):
         assert evaluate(toy, "--run", "toy", *options) == 2
         error = capsys.readouterr().err
@@ -740,7 +740,12 @@ def test_weights_with_outliers_in_every_storage(toy, ended, tmp_path, monkeypatc
     for kind, pair in expected.items():
         for table, db in zip(figures.values(), pair):
             assert table[kind]["signal_to_noise_db"] == pytest.approx(db, abs=0.3)
-            assert db - 0.6 < table[kind]["worst_matrix_db"] <= table[kind]["signal_to_noise_db"]
+    model.h[1].mlp.c_fc.weight.data[0, 0] = 1e5
+    model.save_pretrained("large")
+    assert evaluate(toy, "--run", "large/model.safetensors", "--precision", "all") == 2
+    assert "mlp.c_fc: weight (512, 128) has values up to 1e+05, too large for fp16" in (
+        capsys.readouterr().err
+    )
     Path("plain", "model.safetensors").write_bytes(b"nothing")
     assert evaluate(toy, "--run", "plain", "--precision", "all") == 2
     assert "truncated" in capsys.readouterr().err
