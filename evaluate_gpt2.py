@@ -69,7 +69,7 @@ def newest_run(folder="checkpoints"):
 def is_pretrained(path):
     """Whether a path is not a run but a file or folder in Hugging Face's GPT-2 layout."""
     names = ("model.safetensors", "pytorch_model.bin")
-    return path.is_file() or any((path / name).is_file() for name in names)
+    return path.suffix in (".safetensors", ".bin") or any((path / n).is_file() for n in names)
 
 
 def read_config(folder):
@@ -85,10 +85,9 @@ def read_config(folder):
             raise UserError(str(error)) from None
         model = replace(model, seq_len=min(model.seq_len, ModelConfig.seq_len))
         meta = Path(DataConfig.folder) / "meta.json"
-        kept = json.loads(meta.read_text()) if meta.exists() else {}
-        data = {key: kept[key] for key in ("source", "num_examples") if key in kept}
+        text = json.loads(meta.read_text()) if meta.exists() else asdict(DataConfig())
         training = {"seed": 0, "compute_type": "auto", "time_step_masking": False}
-        return model, training, DataConfig(**data)
+        return model, training, DataConfig(text["source"], text["num_examples"])
     path = Path(folder) / "config.json"
     if not path.exists():
         have = sorted(path.parent.name for path in Path(folder).parent.glob("*/config.json"))
@@ -156,7 +155,10 @@ def load_run(folder, precision=None, device="cpu", resume=False):
     config, training, _ = read_config(folder)
     if is_pretrained(folder):
         model = GPT.from_pretrained(folder, config)
-        quant.freeze_block(model, 0, precision or "fp32")
+        try:
+            quant.freeze_block(model, 0, precision or "fp32")
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
         return model.to(device)
     kind = precision or training["quantization_type"]
     checkpoint = folder / "checkpoint.pt"
@@ -778,15 +780,11 @@ def print_report(folder, result, say=print):
 
 
 def signal_to_noise(linears, exact):
-    """dB from the stored weights' error to the weights, of all matrices together and of the worst
-    one; (None, None) where there is no error."""
-    pairs = [(x.dequantize(), y.dequantize()) for x, y in zip(exact, linears)]
-    signal = [x.square().sum().item() for x, _ in pairs]
-    noise = [(x - y).square().sum().item() for x, y in pairs]
-    if not any(noise):
-        return None, None
-    worst = min(s / n for s, n in zip(signal, noise) if n)
-    return 10 * math.log10(sum(signal) / sum(noise)), 10 * math.log10(worst)
+    """Power of the exact layers' weights over that of the stored ones' error: dB, None if exact."""
+    signal = sum(x.dequantize().square().sum().item() for x in exact)
+    noise = sum((x.dequantize() - y.dequantize()).square().sum().item()
+                for x, y in zip(exact, linears))
+    return 10 * math.log10(signal / noise) if noise else None
 
 
 def precision_table(folder, device, full=False):
@@ -799,33 +797,30 @@ def precision_table(folder, device, full=False):
     rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
     table = {}
     print(f"{Path(folder).name}, {len(rows)} validation rows\n")
-    name = "NELBO_12" if training["time_step_masking"] else "best l2r"
-    print(f"storage  layers MiB  bits/weight  dB (worst matrix)  all MiB  {name}  perplexity   "
-          "to fp32  left to right (l2r), exits 0, 1, ...")
+    masked = training["time_step_masking"]
+    name = "NELBO_12" if masked else "best l2r"
+    print(f"storage  layers MiB  bits/weight     dB  all MiB  {name}  perplexity   to fp32  "
+          "left to right (l2r), exits 0, 1, ...")
     for kind in quant.KINDS:
         model = load_run(folder, kind, device).eval()
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
-        if not table:
-            exact = linears
-        db, worst = signal_to_noise(linears, exact)
+        exact = linears if kind == "fp32" else exact
+        db = signal_to_noise(linears, exact)
         held = memory(model)["total"]
         dtype = compute_type(device, training["compute_type"])
-        model, bound = expand(model, dtype), None
+        model = expand(model, dtype)
         with autocast(device, dtype):
             exits = left_to_right(model, rows)
-            if training["time_step_masking"]:
-                bound, _ = nelbo_12(model, rows, training["seed"])
-        nats = min(exits) if bound is None else bound
-        if not table:
-            reference = nats
+            bound = nelbo_12(model, rows, training["seed"])[0] if masked else None
+        nats = bound if masked else min(exits)
+        reference = nats if kind == "fp32" else reference
         table[kind] = {"linear_bytes": stored, "bits_per_weight": 8 * stored / count,
-                       "signal_to_noise_db": db, "worst_matrix_db": worst,
-                       "bytes": held, "nelbo_12": bound,
-                       "left_to_right": exits, "to_fp32": nats - reference}
+                       "signal_to_noise_db": db, "bytes": held,
+                       "nelbo_12": bound, "left_to_right": exits, "to_fp32": nats - reference}
         print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
-              f"{f'{db:.2f} ({worst:.2f})' if db else 'exact':>17s}  "
+              f"{f'{db:.2f}' if db else 'exact':>5s}  "
               f'{table[kind]["bytes"] / MIB:7.1f}  {nats:8.4f}  {math.exp(nats):10.1f}  '
               f'{nats - reference:+8.4f}  '
               + " ".join(f"{ce:.4f}" for ce in exits or []), flush=True)
@@ -996,13 +991,11 @@ def plot_memory(axes, folders, device):
 def export(folder, target, precision=None):
     """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
     the layout cannot hold it, or `target` holds something already."""
-    if precision == "all":
-        raise UserError("--export writes one precision, not all")
-    if (Path(target) / "config.json").exists():
-        raise UserError(f"{target} holds a model or run already; choose another folder")
+    if precision == "all" or (Path(target) / "config.json").exists():
+        raise UserError(f"--export writes one precision, into a new folder; {target} holds a model "
+                        f"or run already, or --precision is all")
     model = load_run(folder, precision)
-    exit = model.blocks - 1
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    exit, dtype = model.blocks - 1, torch.float16 if precision == "fp16" else torch.float32
     try:
         lora.merge(model, exit).save_pretrained(target, dtype=dtype)
     except ValueError as error:

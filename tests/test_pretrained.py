@@ -682,7 +682,7 @@ def test_export_refuses_what_the_layout_cannot_hold(toy, ended, tmp_path, capsys
     for options, words in (
         (["--export", target], "causal"),
         (["--export", target, "--precision", "all"], "one precision"),
-        (["--export", toy.folder], "another folder"),
+        (["--export", toy.folder], "new folder"),
     ):
         assert evaluate(toy, "--run", "toy", *options) == 2
         error = capsys.readouterr().err
@@ -740,7 +740,12 @@ def test_weights_with_outliers_in_every_storage(toy, ended, tmp_path, monkeypatc
     for kind, pair in expected.items():
         for table, db in zip(figures.values(), pair):
             assert table[kind]["signal_to_noise_db"] == pytest.approx(db, abs=0.3)
-            assert db - 0.6 < table[kind]["worst_matrix_db"] <= table[kind]["signal_to_noise_db"]
+    model.h[1].mlp.c_fc.weight.data[0, 0] = 1e5
+    model.save_pretrained("large")
+    assert evaluate(toy, "--run", "large/model.safetensors", "--precision", "all") == 2
+    assert "mlp.c_fc: weight (512, 128) has values up to 1e+05, too large for fp16" in (
+        capsys.readouterr().err
+    )
     Path("plain", "model.safetensors").write_bytes(b"nothing")
     assert evaluate(toy, "--run", "plain", "--precision", "all") == 2
     assert "truncated" in capsys.readouterr().err
@@ -753,8 +758,9 @@ def test_loading_a_block_is_strict():
     whole = source.block_parameters(1) | lora.adapter_parameters(source, 1)
     name = "h.0.attn.c_attn.lora_A.1"
     assert name in whole
-    for state in (whole, {n: t for n, t in whole.items() if n != name},
-                  whole | {"extra": torch.zeros(1)}, whole | {name: torch.zeros(8, 32)}):  # fmt: skip
+    less = {n: t for n, t in whole.items() if n != name}
+    more, other = whole | {"extra": torch.zeros(1)}, whole | {name: torch.zeros(8, 32)}
+    for state in (whole, less, more, other):
         model = GPT(config)
         if state is whole:
             evaluate_gpt2.load_blocks(model, [1], state, 1, training)
