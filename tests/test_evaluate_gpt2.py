@@ -14,7 +14,7 @@ import evaluate_gpt2 as e
 import lora
 import quant
 import train_gpt2_fusion as train
-from model import autocast, block_of
+from model import autocast, block_of, sample_tokens
 from test_model import BOTH, TOY, toy_model
 
 SMALL = dict(vocab_size=3, seq_len=4)
@@ -195,6 +195,20 @@ def test_confidence_reveals_the_likeliest_draws_first():
     shown = torch.zeros(7, dtype=torch.bool).index_fill(0, p.topk(7 - round(0.5 * 7)).indices, True)
     assert torch.equal(seen[1][1:] != model.config.mask_id, shown)
     assert torch.equal(seen[1][1:][shown], token[shown])
+
+
+def test_top_p_draws_in_proportion_also_from_flat_rows():
+    """10,000 equal tokens do not fit into the 8,192 that are looked at first; the peaked row's
+    nucleus of .5, .3, .15 is drawn with these shares (standard deviation below 0.008)."""
+    peaked = torch.full((10_000,), 1e-9)
+    peaked[[7, 3, 9000]] = torch.tensor([0.5, 0.3, 0.15])
+    flat = torch.full((10_000,), 1e-4)
+    logits = torch.stack([flat, *[peaked] * 500]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([sample_tokens(logits, 1.0, 0.9, generator) for _ in range(8)])  # (8, 501)
+    shares = [(drawn[:, 1:] == token).double().mean().item() for token in (7, 3, 9000)]
+    assert shares == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95], abs=0.03)
+    assert sum(shares) == 1 and len(drawn[:, 0].unique()) == 8
 
 
 def test_left_to_right_samples_from_any_exit():
