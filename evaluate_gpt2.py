@@ -705,11 +705,11 @@ def report(folder, model, full=False, precision=None, say=print):
     tokens = load_tokens(data, "val", config.vocab_size)
     encoding = tokenizer(config.vocab_size, data.folder)
     rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
+    stages = read_metrics(folder, "stage")  # damage is told now, not after minutes of scoring
     result = evaluate(model, rows, training["seed"], training["compute_type"])
     train_tokens = load_tokens(data, "train", config.vocab_size)
     bytes_per_token, words_per_token = units_of(rows, encoding)
     best = result["left_to_right"] and min(result["left_to_right"])
-    stages = read_metrics(folder, "stage")
     result |= {
         "unigram": unigram_entropy(train_tokens, rows[:, 1:], config.vocab_size),
         "bits_per_byte": {
@@ -929,7 +929,7 @@ def plot_loss(axes, folders, device):
                           transform=axes.get_xaxis_transform(), fontsize=11)
             done += stage["steps"]
     axes.set(xlabel="step", ylabel="training loss, nats per scored token")
-    axes.legend(loc="upper right")
+    axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def plot_cross_entropy(axes, folders, device):
@@ -955,7 +955,7 @@ def plot_cross_entropy(axes, folders, device):
                       label=f"{folder.name}, exit {block}" if model.blocks > 1 else folder.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
     axes.set_title(f"{PLOT_ROWS} validation rows; marked where the exit owns m", fontsize=12)
-    axes.legend(fontsize=11)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
 
 def plot_memory(axes, folders, device):
@@ -979,9 +979,9 @@ def plot_memory(axes, folders, device):
             axes.hlines(stages[0]["standard_bytes"] / MIB, first - 0.45, len(labels) - 0.55,
                         "black", "dashed", label=None if first else "mode: standard")
     axes.set_xticks(range(len(labels)), labels, fontsize=11)
-    axes.set(ylabel="held by training, MiB", ylim=(0, 1.25 * top or 1))
+    axes.set(ylabel="held by training, MiB", ylim=(0, 1.05 * top or 1))
     axes.grid(axis="x", visible=False)
-    axes.legend(ncols=4, loc="upper center", fontsize=11)
+    axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 # ---------------------------------------------------------------------------------------------

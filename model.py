@@ -580,12 +580,19 @@ def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     p = torch.softmax(logits.float() / temperature, -1)  # (N, V)
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+    u = torch.rand(len(p), 1, generator=generator, device=p.device)
     ranked, order = p.topk(min(8192, p.size(-1)))  # a full sort takes four times as long
-    if (ranked.sum(-1) < top_p).any():
-        ranked, order = p.sort(-1, descending=True)
+    token = _draw_nucleus(ranked, order, top_p, u)
+    short = ranked.sum(-1) < top_p  # rows so flat that they need the full sort
+    if short.any():
+        token[short] = _draw_nucleus(*p[short].sort(-1, descending=True), top_p, u[short])
+    return token
+
+
+def _draw_nucleus(ranked, order, top_p, u):
+    """Tokens (N,) by inverse transform of u (N, 1), of probabilities `ranked` from the largest."""
     reached = ranked.cumsum(-1)  # (N, V), or fewer columns
     kept = ((reached - ranked < top_p) & (ranked > 0)).sum(-1, keepdim=True)  # (N, 1), at least 1
-    u = torch.rand(kept.shape, generator=generator, device=p.device)
     drawn = torch.searchsorted(reached, u * reached.gather(-1, kept - 1), right=True)  # (N, 1)
     return order.gather(-1, drawn.minimum(kept - 1)).squeeze(-1)
 

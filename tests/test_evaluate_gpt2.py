@@ -14,7 +14,7 @@ import evaluate_gpt2 as e
 import lora
 import quant
 import train_gpt2_fusion as train
-from model import autocast, block_of
+from model import autocast, block_of, sample_tokens
 from test_model import BOTH, TOY, toy_model
 
 SMALL = dict(vocab_size=3, seq_len=4)
@@ -197,6 +197,20 @@ def test_confidence_reveals_the_likeliest_draws_first():
     assert torch.equal(seen[1][1:][shown], token[shown])
 
 
+def test_top_p_draws_in_proportion_also_from_flat_rows():
+    """A nucleus of .5, .3, .15 is drawn with these shares (standard deviation below 0.02); that of
+    10,000 nearly equal tokens, the likeliest first, goes beyond the 8,192 looked at first."""
+    peaked = torch.full((10_000,), 1e-9)
+    peaked[[7, 3, 9000]] = torch.tensor([0.5, 0.3, 0.15])
+    flat = torch.linspace(1.001e-4, 0.999e-4, 10_000)
+    logits = torch.stack([flat] * 500 + [peaked] * 1000).log()
+    drawn = sample_tokens(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
+    shares = [(drawn[500:] == token).double().mean().item() for token in (7, 3, 9000)]
+    assert shares == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95], abs=0.06)
+    assert sum(shares) == pytest.approx(1) and drawn[:500].max() < 9010
+    assert 20 < (drawn[:500] >= 8192).sum() < 80  # about 0.8 / 9 of 500
+
+
 def test_left_to_right_samples_from_any_exit():
     model = toy_model()
     for block in range(3):
@@ -336,7 +350,8 @@ def test_damage_and_mistakes_end_in_one_line(run, tmp_path):
     damaged("config.json", lambda data: data[:-30])
     damaged("config.json", lambda data: data.replace(b'"n_heads"', b'"heads"'), "heads")
     damaged("config.json", without("training", "qlora_rank"), "qlora_rank")
-    damaged("metrics.jsonl", lambda data: data[:-5], "line", options=())
+    damaged("metrics.jsonl", lambda data: data.replace(b'"event"', b'"event', 1), "line 1",
+            options=())
     damaged("eval.json", lambda data: data[:-5], "--run toy", options=["--compare", "toy"])
     damaged("eval.json", lambda data: b"[1]", "--run toy", options=["--compare", "toy"])
     # a run made before a key existed: its default, and a note

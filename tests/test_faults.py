@@ -351,8 +351,8 @@ def test_nothing_that_is_not_finite_is_ever_saved(
     settings = {"training__checkpoint_interval": 2 if step != 5 else 4, "training__log_interval": 4}
     real, count = train.train_step, [0]
 
-    def broken(model, optimizer, *args):
-        ce, grad_norm = real(model, optimizer, *args)
+    def broken(loss_of, optimizer, *args):
+        ce, grad_norm = real(loss_of, optimizer, *args)
         count[0] += 1
         if count[0] == step:
             if what == "loss":
@@ -360,7 +360,7 @@ def test_nothing_that_is_not_finite_is_ever_saved(
             elif what == "gradient":
                 grad_norm = grad_norm * float("nan")
             elif what == "weights":
-                model.h[1].mlp.c_fc.bias.data[3] = float("inf")
+                loss_of.model.h[1].mlp.c_fc.bias.data[3] = float("inf")
             else:
                 next(iter(optimizer.state.values()))["exp_avg_sq"][0, 0] = float("inf")
         return ce, grad_norm

@@ -633,15 +633,18 @@ def test_plain_qlora(toy, ended, tmp_path, monkeypatch, capsys):
     # Killed one step after a checkpoint, and resumed: the same model.
     real, count = train.train_step, [0]
 
+    class Killed(Exception):
+        pass
+
     def step_then_die(*args):
         count[0] += 1
         if count[0] == 6:
-            raise KeyboardInterrupt
+            raise Killed
         return real(*args)
 
     monkeypatch.setattr(train, "train_step", step_then_die)
     stopped = toy(**plain, training__run_id="stopped")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train.main(stopped)
     monkeypatch.setattr(train, "train_step", real)
     assert same(ended([*stopped, "--resume"]), model)
@@ -668,7 +671,8 @@ def test_the_schedule_and_the_flops_of_plain_qlora():
     batch = train.batch_of(tokens, model.config, training, stage, 0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with FlopCounterMode(display=False) as counter:
-        train.train_step(model, optimizer, scaler, batch, stage, training, torch.float32)
+        train.train_step(train.stage_loss(model, stage), optimizer, scaler, batch, training,
+                         torch.device("cpu"), torch.float32)
     adapters = 6 * 2 * 16 * 32  # of rank 1, on two layers: both factors, forward and backward
     n_tokens = batch[0].numel()
     # The head scores 15 positions of 16.
