@@ -488,7 +488,8 @@ def test_two_processes_train_as_one(toy, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, data_loader, train_gpt2_fusion
+import torch, data_loader, evaluate_gpt2, train_gpt2_fusion
+evaluate_gpt2.ROWS = {evaluate_gpt2.ROWS}
 torch.set_num_threads(1)
 data_loader.gpt2_ranks = lambda folder: {{bytes([b]): b for b in range(256)}}
 sys.exit(train_gpt2_fusion.main(sys.argv[1:]))
