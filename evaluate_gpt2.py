@@ -854,13 +854,12 @@ def compare(folders):
     def column(value, width, digits):
         return f'{"-" if value is None else format(value, f",.{digits}f"):>{width}s}'
 
+    runs = [(Path(folder), *read_config(folder), read_evaluation(folder)) for folder in folders]
     print(f'{"":54s}MiB{"":23s}left to right  bits per byte')
     print("run               trained                seconds      tokens   held   peak  "
           "NELBO_12   NELBO    best exit  bound    l. to r.")
     scored = set()
-    for folder in map(Path, folders):
-        config, training, data = read_config(folder)
-        result = read_evaluation(folder)
+    for folder, config, training, data, result in runs:
         text = json.loads((folder / "config.json").read_text()).get("tokens_sha256")
         scored.add((text, config.vocab_size, config.seq_len, result["rows"], data.num_examples))
         stages, bits = result["memory"]["stages"], result["bits_per_byte"]

@@ -20,21 +20,25 @@ from test_model import BOTH, TOY, toy_model
 SMALL = dict(vocab_size=3, seq_len=4)
 
 
-def enumerated_ce(model, row, m, block):
-    """CE(m) of one row by its definition: every mask with its probability."""
-    n = len(row) - 1
+def enumerated_ce(model, rows, m, block):
+    """CE(m) of rows (R, T), or of one row (T,), by its definition: every mask with its probability.
+    Returns (R,) or a scalar, float64."""
+    n = rows.size(-1) - 1
     patterns = torch.tensor([*itertools.product([False, True], repeat=n)])  # (2^n, n)
     mask = torch.cat([torch.zeros(len(patterns), 1, dtype=torch.bool), patterns], dim=1)
-    logits = model(row.masked_fill(mask, model.config.mask_id), block)[:, :-1].double()
-    ce = -torch.log_softmax(logits, -1)[:, range(n), row[1:]]  # (2^n, n)
+    x_0 = rows[..., None, :].expand(*rows.shape[:-1], *mask.shape)  # (R, 2^n, T)
+    x_t = x_0.masked_fill(mask, model.config.mask_id).reshape(-1, n + 1)
+    logits = model(x_t, block)[:, :-1].double()
+    ce = -torch.log_softmax(logits, -1).gather(2, x_0.reshape(-1, n + 1)[:, 1:, None])
+    ce = ce.view(*x_0.shape[:-1], n)  # (R, 2^n, n)
     chance = torch.where(patterns, m, 1 - m).double().prod(1)  # (2^n,)
-    return (chance * (ce * patterns).sum(1)).sum().item() / (m * n)
+    return (chance * (ce * patterns).sum(-1)).sum(-1) / (m * n)
 
 
-def enumerated_nelbo_12(model, row):
+def enumerated_nelbo_12(model, rows):
     edges = [0.0, *model.config.time_step_mask_fractions, 1.0]
     return sum(
-        (high - low) * enumerated_ce(model, row, high, block_of(high, model.config))
+        (high - low) * enumerated_ce(model, rows, high, block_of(high, model.config))
         for low, high in zip(edges, edges[1:])
     )
 
@@ -51,7 +55,7 @@ def test_nelbo_12_is_the_enumerated_value(attention):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(e, "row_noise", lambda *args, **kwargs: grid)
             bound, table = e.nelbo_12(model, row.repeat(64, 1), seed=0)
-        assert bound == pytest.approx(enumerated_nelbo_12(model, row), abs=2e-6)
+        assert bound == pytest.approx(enumerated_nelbo_12(model, row).item(), abs=2e-6)
         assert [step["layers"] for step in table] == [2, 4, 6, 6]  # depth by noise
         assert table[-1]["mask_fraction"] == 1.0
     assert bound == pytest.approx(math.log(3), abs=1e-6)  # uniform; less without the term at m = 1
@@ -62,10 +66,10 @@ def test_nelbo_12_is_the_enumerated_value(attention):
 def test_nelbo_12_estimates_the_enumerated_value(attention):
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
-    bounds = [e.nelbo_12(model, row.repeat(12, 1), seed=seed)[0] for seed in range(8)]
+    bounds = [e.nelbo_12(model, row.repeat(6, 1), seed=seed)[0] for seed in range(8)]
     error = np.std(bounds, ddof=1) / math.sqrt(8)
     assert abs(np.mean(bounds) - enumerated_nelbo_12(model, row)) < 4 * error + 1e-6
-    assert error < 0.3
+    assert error < 0.4
 
 
 @torch.no_grad()
@@ -75,10 +79,8 @@ def test_the_bound_is_a_bound(attention):
     would exceed 1 if the term at m = 1 were left out)."""
     for scale, first in ((0.0, 1), (4.0, 0), (4.0, 1), (4.0, 2)):
         model = toy_model(attention_mode=attention, scale=scale, **SMALL)
-        total = sum(
-            math.exp(-3 * enumerated_nelbo_12(model, torch.tensor([first, *rest])))
-            for rest in itertools.product(range(3), repeat=3)
-        )
+        texts = torch.tensor([[first, *rest] for rest in itertools.product(range(3), repeat=3)])
+        total = torch.exp(-3 * enumerated_nelbo_12(model, texts)).sum().item()
         assert total == pytest.approx(1, abs=1e-5) if scale == 0 else total <= 1
     uniform = toy_model(attention_mode=attention, scale=0.0, **SMALL)
     rows = torch.randint(3, (50, 4))
@@ -103,17 +105,17 @@ def test_left_to_right_is_a_distribution():
 @torch.no_grad()
 @BOTH
 def test_the_continuous_bound_covers_the_integral(attention):
-    """The 95 % interval (8 replicates: Student's t with 7 degrees) holds the midpoint rule's value
-    of the enumerated integral for 95 % of the seeds; of 60, fewer than 51 has a chance of 0.002."""
+    """Of 40 seeds, the 95 % and 50 % intervals (8 replicates: Student's t with 7 degrees) hold the
+    midpoint rule's value of the enumerated integral as often as they say (p < 0.002 each)."""
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
     grid = [(i + 0.5) / 400 for i in range(400)]
     exact = np.mean([enumerated_ce(model, row, m, block_of(m, model.config)) for m in grid])
-    inside = 0
-    for seed in range(60):
+    inside = np.zeros(2)
+    for seed in range(40):
         mean, stderr = e.nelbo(model, row.repeat(3, 1), seed)
-        inside += abs(mean - exact) < 2.365 * stderr
-    assert 51 <= inside < 60
+        inside += abs(mean - exact) < np.array([2.365, 0.711]) * stderr
+    assert inside[0] >= 33 and 10 <= inside[1] <= 30
 
 
 @torch.no_grad()
@@ -237,8 +239,10 @@ def test_figures_of_text_by_hand():
 
 
 @pytest.fixture
-def run(toy, capsys):
+def run(toy, capsys, monkeypatch):
     """run(*options) -> (status, stdout, stderr) of evaluate_gpt2.py on a finished toy run."""
+    monkeypatch.setattr(e, "ROWS", 4)
+    monkeypatch.setattr(e, "PLOT_ROWS", 4)
     assert train.main(toy()) == 0
 
     def command(*options):
