@@ -212,11 +212,11 @@ def row_noise(n_rows, seq_len, seed, tag):
 
 
 @torch.no_grad()
-def score(model, rows, mask_fraction, block, noise, tick=lambda n: None):
+def score(model, rows, mask_fraction, block, noise, tick=lambda n: None, batch_size=1):
     """Each row's estimate of CE(m) and its accuracy, read at exit `block`.
 
-    One row at a time: the shapes of the products, and so the last digits of a row's figures, never
-    depend on the rows beside it.
+    One row at a time, unless `batch_size` says otherwise: the shapes of the products, and so the
+    last digits of a row's figures, then never depend on the rows beside it.
 
     Args:
         rows: text, (R, T). mask_fraction: m of each row, (R,). noise: (R, T) from U[0, 1).
@@ -227,13 +227,13 @@ def score(model, rows, mask_fraction, block, noise, tick=lambda n: None):
     """
     device = model.wte.weight.device
     ce, accuracy = [], []
-    for row, m, uniform in zip(rows.split(1), mask_fraction.split(1), noise.split(1)):
-        x_0, m = row.to(device), m.to(device)  # (1, T), (1,)
+    for x_0, m, uniform in zip(*(t.split(batch_size) for t in (rows, mask_fraction, noise))):
+        x_0, m = x_0.to(device), m.to(device)  # (batch_size, T), (batch_size,)
         x_t, mask = corrupt(x_0, m, uniform.to(device), model.config.mask_id)
         _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, block)
         ce.append(by_row)
         accuracy.append(hit)
-        tick(1)
+        tick(len(x_0))
     return torch.cat(ce).cpu().double(), torch.cat(accuracy).cpu().double()
 
 

@@ -423,8 +423,8 @@ def validate(model, rows, stage, training):
     """Mean CE over the stage's time steps and the accuracy, on fixed validation rows."""
     model.eval()
     noise = row_noise(len(rows), rows.size(1), training.seed, tag=0)
-    scores = [score(model, rows, torch.full((len(rows),), m), stage.block, noise)
-              for m in stage.time_steps]
+    scores = [score(model, rows, torch.full((len(rows),), m), stage.block, noise,
+                    batch_size=training.batch_size) for m in stage.time_steps]
     train_mode(model, stage)
     return tuple(torch.stack([s[i].mean() for s in scores]).mean().item() for i in (0, 1))
 
