@@ -777,8 +777,9 @@ def print_plan(run, device):
         adapted = (s.block + 1) * c.block_size - len(s.layers)
         adapters = adapted * training.qlora_rank * 16 * c.d_model * s.adapters
         layers = f"{s.layers[0]}-{s.layers[-1]}" if s.layers else "none"
+        masks = f"{s.time_steps[0]:g} - {s.time_steps[-1]:g}" if any(s.time_steps) else "none"
         say(f"{s.index + 1:5d}  {layers:>6s}  "
-            f"{f'{s.time_steps[0]:g} - {s.time_steps[-1]:g}':>14s}  {s.steps:5d}  "
+            f"{masks:>14s}  {s.steps:5d}  "
             f"{trainable / 1e6:7.2f} M  {(everything - trainable) / 1e6:7.2f} M  "
             f"{adapters / 1e6:6.2f} M")
     if device.type == "cpu":

@@ -38,7 +38,7 @@ def toy(monkeypatch, tmp_path):
     import data_loader
     import evaluate_gpt2
 
-    monkeypatch.setattr(evaluate_gpt2, "ROWS", 20)  # scored one by one, after every toy run
+    monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)  # scored one by one, after every toy run
     ranks = {bytes([b]): b for b in range(256)}
     monkeypatch.setattr(data_loader, "gpt2_ranks", lambda folder: ranks)
     rng = random.Random(0)
