@@ -1063,8 +1063,11 @@ def parse(argv):
     if args.judge and not args.samples:
         raise UserError("--judge scores samples: say how many with --samples N")
     args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-    if (args.how or args.samples) and (args.precision == "all" or args.compare):
-        raise UserError("to sample, name one run with --run and one precision")
+    if (args.how or args.samples) and (args.precision == "all" or args.compare or args.export
+                                       or args.plot is not None):
+        raise UserError("to sample, name one run with --run and one precision, and nothing else")
+    if args.samples and ("____" in (args.prompt or "") or (args.length or 2) < 2):
+        raise UserError("--samples measures whole texts: no blanks, and --length 2 or more")
     return args
 
 
@@ -1087,7 +1090,8 @@ def main(argv=None):
     if args.run and is_pretrained(Path(args.run)):
         folder = Path(args.run)
         if args.precision != "all":
-            raise UserError(f"{folder} holds weights, not a run; add --precision all")
+            raise UserError(f"{folder} holds weights, not a run: all that works on it is "
+                            f"--precision all")
     device = pick_device(args.device)
     config, training, data = read_config(folder)
     if args.export:

@@ -483,6 +483,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_W = None
+        scale = 2.0 ** len(h).bit_length()  # weights are about 1 / N: fp16 would lose the gradients
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
@@ -503,8 +504,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_h:
                 grad_h[part] = (p @ W).to(grad_h.dtype) * weights[part, None]  # (chunk, d)
             if need_W:
-                share = p.T @ (h_part * weights[part, None].to(dtype))  # (V, d)
-                grad_W = share.to(weight.dtype) if grad_W is None else grad_W.add_(share)
+                share = p.T @ (h_part * (weights[part, None] * scale).to(dtype))  # (V, d)
+                grad_W = torch.zeros_like(weight) if grad_W is None else grad_W
+                grad_W.add_(share, alpha=1 / scale)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.mark_non_differentiable(ce, hit)
         return (ce * weights).sum(), ce, hit

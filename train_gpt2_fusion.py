@@ -346,7 +346,8 @@ def start_processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # gloo carries what lives on the CPU: asking whether to stop need not wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -478,7 +479,7 @@ def train_stage(run, model, optimizer, stage, step):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
         if model.config.dropout or training.qlora_dropout:
-            torch.manual_seed(hash((training.seed, stage.index, step)))
+            torch.manual_seed(hash((training.seed, stage.index, step, process()[0])))
         batch = batch_of(run.tokens, model.config, training, stage, step)
         ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, training, device, dtype)
         pending.append((batch, ce, grad_norm))
@@ -488,7 +489,7 @@ def train_stage(run, model, optimizer, stage, step):
         log = last or step % training.log_interval == 0
         stop = run.stop
         if dist.is_initialized():  # all processes must stop at the same step
-            stop = log and gathered(torch.tensor([int(stop)], device=device)).any().item()
+            stop = bool(gathered(torch.tensor([int(stop)])).any())
         save = stop or (step % training.checkpoint_interval == 0 and not last)
         log = log or save
         if log:
@@ -506,6 +507,7 @@ def train_stage(run, model, optimizer, stage, step):
             run.scaler = scaler.state_dict()
             run.save(model, optimizer, stage, step)
         if stop:
+            wait_for_all()  # for the checkpoint of process 0
             return last
     return True
 
@@ -874,22 +876,26 @@ def main(argv=None):
             say(f"resuming in stage {state['stage'] + 1} after step {state['step']}")
         else:
             print_plan(run, device)
+        if process()[0] == 0:  # of an evaluation before the run went on
+            (run.folder / "eval.json").unlink(missing_ok=True)
         handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             finished = run_stages(run, model, state, device)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        number, _ = process()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # process 0 evaluates alone
+        if number:
+            return 0 if finished else 130
         if not finished:
             say(f"stopped and saved in {run.folder}; go on with the same command and --resume")
             return 130
-        if process()[0] == 0:
-            result = report(run.folder, model, say=say)
-            write_atomically(run.folder / "eval.json", json.dumps(result, indent=1).encode())
+        result = report(run.folder, model, say=say)
+        write_atomically(run.folder / "eval.json", json.dumps(result, indent=1).encode())
     say(f"\nall of it is in {run.folder}; python evaluate_gpt2.py --run {training.run_id} repeats "
         f"this")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return 0
 
 

@@ -237,7 +237,7 @@ def main(argv=None):
         seconds, tokens = statistics.median(times[name][1:]), rows * config.seq_len
         row |= {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
         limit = ""
-        if variant:
+        if variant and variant.device.type == "cpu":  # where matmul_rate measures
             flops = tokens * train.matmul_flops(variant.stage, config)
             row["share_of_limit"] = flops / seconds / statistics.median(rates[name][1:])
             limit = f"{row['share_of_limit']:.2f}"
