@@ -330,6 +330,17 @@ def test_a_run_stopped_in_stage_2_can_be_evaluated(toy, monkeypatch, capsys):
         train.main(toy())
     assert evaluate_gpt2.main(["--folder", str(toy.folder.parent)]) == 0
     assert evaluate_gpt2.load_run(toy.folder).blocks in (1, 2)
+    # What that wrote is not taken for the evaluation of the finished run.
+    monkeypatch.setattr(train, "train_step", real)
+    real_report = train.report
+    monkeypatch.setattr(train, "report", lambda *_, **__: step_then_stop())
+    count[0] = 7
+    with pytest.raises(Killed):
+        train.main([*toy(), "--resume"])
+    monkeypatch.setattr(train, "report", real_report)
+    assert not (toy.folder / "eval.json").exists()
+    assert train.main([*toy(), "--resume"]) == 0
+    assert len(json.loads((toy.folder / "eval.json").read_text())["left_to_right"]) == 3
 
 
 # --- mistakes --------------------------------------------------------------------------------
