@@ -421,8 +421,8 @@ def memory_mib(device, reset=False):
         if reset:
             with contextlib.suppress(OSError):  # where it may not, the peak is the process's own
                 Path("/proc/self/clear_refs").write_text("5")
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return tuple(int(fields[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
     ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
     now = int(ps.stdout) / 1024
     memory_mib.peak = now if reset else max(now, memory_mib.peak)
@@ -446,7 +446,6 @@ def keep_freed_memory(return_now=False):
 
 # ---------------------------------------------------------------------------------------------
 # Sampling
-
 
 
 def begin(prompt, length, encoding, config):

@@ -449,8 +449,8 @@ def train_step(loss_of, optimizer, scaler, batch, training, device, dtype):
     for i in range(0, rows, training.batch_size):
         last = i + training.batch_size >= rows
         # Gradients travel between processes once per step, with the last micro-batch.
-        alone = contextlib.nullcontext() if processes == 1 or last else loss_of.no_sync()
-        with alone:
+        keep = contextlib.nullcontext() if processes == 1 or last else loss_of.no_sync()
+        with keep:
             with autocast(device, dtype):
                 loss, ce, _ = loss_of(*(t[i : i + training.batch_size] for t in batch), rows=rows)
             scaler.scale(loss).backward()
@@ -518,7 +518,7 @@ def check_finite(pending, stage, step, scaler, optimizer):
     Where `optimizer` is given, because its state or the weights are about to be saved, they are
     looked at too: the last update has not met a loss yet.
     """
-    lower = "the last checkpoint is as it was; lower training.lr and start a new run"
+    advice = "the last checkpoint is as it was; lower training.lr and start a new run"
     for number, (batch, ce, grad_norm) in enumerate(pending, step + 1 - len(pending)):
         # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
         if ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite()):
@@ -527,11 +527,11 @@ def check_finite(pending, stage, step, scaler, optimizer):
         m = ", ".join(f"{m:g}" for m in sorted(set(batch[3][rows].tolist())))
         raise UserError(f"the loss is {ce.mean().item()}, the gradient norm {grad_norm.item()}, in "
                         f"stage {stage.index + 1} (block {stage.block}) at step {number}, time "
-                        f"step {m}, row {', '.join(map(str, rows[:8]))} of its batch; {lower}")
+                        f"step {m}, row {', '.join(map(str, rows[:8]))} of its batch; {advice}")
     kept = optimizer.state.items() if optimizer else ()
     if not all(t.isfinite().all() for p, state in kept for t in (p, *state.values())):
         raise UserError(f"weights or optimizer state of stage {stage.index + 1} (block "
-                        f"{stage.block}) are not finite after step {step}; {lower}")
+                        f"{stage.block}) are not finite after step {step}; {advice}")
 
 
 def summary(pending, grad_norm, optimizer, device):
@@ -853,7 +853,7 @@ def main(argv=None):
             except ValueError as error:
                 raise UserError(f"model.init_from: {error}") from None
     val_rows = validation_rows(val_tokens, model_config.seq_len, training.eval_rows)
-    batch_of(tokens, model_config, training, stages[0], 0)  # fails now if the text is too short
+    batch_of(tokens, model_config, training, stages[0], 0)  # UserError if the text is too short
 
     digest = hashlib.sha256(tokens).hexdigest()
     run = Run(model_config, training, tokens, val_rows, stages, pretrained)
