@@ -471,7 +471,9 @@ def begin(prompt, length, encoding, config):
     least = 0 if before else length or 1
     if room < least:
         raise UserError(f"the prompt has {len(ids) - 1} tokens, for {least} more the context of "
-                        f"{config.seq_len} has no room; shorten it to {config.seq_len - 1 - least}")
+                        f"{config.seq_len} has no room; shorten "
+                        + (f"it to {config.seq_len - 1 - least}" if least < config.seq_len - 1 else
+                           f"--length to at most {room}"))
     n_masks = 0 if before else length or min(64, room)
     return torch.tensor(ids + [config.mask_id] * n_masks)
 
@@ -821,7 +823,7 @@ def precision_table(folder, device, full=False):
         print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
               f"{f'{db:.2f}' if db else 'exact':>5s}  "
               f'{table[kind]["bytes"] / MIB:7.1f}  {nats:8.4f}  {math.exp(nats):10.1f}  '
-              f'{nats - reference:+8.4f}  '
+              f'{round(nats - reference, 4) + 0.0:+8.4f}  '
               + " ".join(f"{ce:.4f}" for ce in exits or []), flush=True)
     return table
 
@@ -918,7 +920,7 @@ def plot_loss(axes, folders, device):
             lines = [line for line in read_metrics(folder, "step")
                      if line["stage"] == stage["index"]]
             axes.plot([done + line["step"] for line in lines], [line["loss"] for line in lines],
-                      color=colour, label=None if stage["index"] else folder.name)
+                      color=colour, marker=".", label=None if stage["index"] else folder.name)
             if len(folders) == 1 or stage["index"]:
                 axes.axvline(done, color=colour, linestyle=":")
             if len(folders) == 1:

@@ -398,7 +398,7 @@ def stage_loss(model, stage):
     loss = StageLoss(model, stage)
     if not dist.is_initialized():
         return loss
-    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(loss, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -787,8 +787,8 @@ def print_plan(run, device):
     if device.type == "cpu":
         flops = per_step * sum(s.steps * matmul_flops(s, c) for s in run.stages)
         seconds = flops / (matmul_rate(c, dtype) * step_efficiency(c))
-        say(f"\nno GPU: about {clock(seconds)} of training on {torch.get_num_threads()} threads, "
-            f"then the evaluation")
+        say(f"\nno GPU: about {clock(seconds)} of training (threads per process: "
+            f"{torch.get_num_threads()}), then the evaluation")
     say()
     run.record("plan", stages=[asdict(stage) for stage in run.stages])
 
