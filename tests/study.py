@@ -1,0 +1,279 @@
+"""The claims at tiny scale, measured: every run of the study, its command, its table.
+
+    python tests/study.py --list                  every row and the one command that trains it
+    python tests/study.py                         all rows that are not measured yet, two at a time
+    python tests/study.py fused-0 end-to-end-0    only these rows; a group's name stands for all
+    python tests/study.py --table                 the tables of what has been measured, by group
+
+A row is a run of the tiny preset with a few keys changed. It is trained and evaluated by
+`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>/study.log; a
+study that was stopped goes on where it was. What came out of a row is kept in
+data/results/study-tiny.json as soon as it is there.
+
+Two runs at a time, one thread each, use two cores better than one run on both. So the seconds of
+this table are seconds of one core, with another run on the other core.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data_loader import UserError, one_line_errors, write_atomically
+from evaluate_gpt2 import MIB
+
+RESULTS = ROOT / "data" / "results" / "study-tiny.json"
+STANDARD = "training.mode=standard"
+NEXT_TOKEN = f"{STANDARD} training.time_step_masking=false"
+
+# The four variants: what each changes in the tiny preset, and its steps in the tuning runs.
+VARIANTS = {
+    "fused": ("", 1450),
+    "fused-no-adapters": ("training.qlora_enabled=false", 1450),
+    "end-to-end": (STANDARD, 730),
+    "next-token": (NEXT_TOKEN, 730),
+}
+RATES = ("5e-4", "1e-3", "2e-3", "3e-3")
+TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
+
+
+def rows():
+    """{group: {row: settings}}, in the order in which they are run."""
+    tuning = {f"tune-{name}-{lr}": f"{keys} {TUNED} training.max_steps={steps} training.lr={lr}"
+              for lr in RATES for name, (keys, steps) in VARIANTS.items()}
+    fused = "training.lr=1e-3 training.max_steps=1450 training.batch_size=16 training.qlora_lr=3e-3"
+    small = "training.batch_size=8 training.max_steps"
+    tried = {
+        "try-8-rows-fused": f"training.block_steps=[8,1,1] training.lr=1e-3 "
+                            f"training.qlora_lr=3e-3 {small}=2900",
+        "try-8-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {small}=1460",
+        "try-8-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {small}=1460",
+        "try-shares-2-1-1": f"{fused} training.block_steps=[2,1,1]",
+        "try-shares-4-1-1": f"{fused} training.block_steps=[4,1,1]",
+        "try-shares-16-1-1": f"{fused} training.block_steps=[16,1,1]",
+        "try-adapter-rate-1e-2": f"{fused} training.block_steps=[8,1,1] training.qlora_lr=1e-2",
+        "try-time-step-0.01": f"{fused} training.block_steps=[8,1,1] "
+        "training.time_step_mask_fractions=[0.01,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.85,0.9,0.95,0.99]",
+    }
+    # Steps for equal training time, from the tokens per second of the tuning runs. The fused run
+    # is the tiny preset as it stands.
+    main = {
+        "fused": "",
+        "fused-no-adapters": "training.qlora_enabled=false training.max_steps=4400",
+        "end-to-end": f"{STANDARD} training.max_steps=2050",
+        "next-token": f"{NEXT_TOKEN} training.max_steps=2050 training.lr=3e-3",
+    }
+    seeds = {f"{name}-{seed}": f"{keys} training.seed={seed}"
+             for seed in range(3) for name, keys in main.items()}
+    two_layers = (f"{STANDARD} model.n_layers=2 training.total_blocks=1 training.block_steps=[1] "
+                  "training.block_mask_ranges=[[0.0,1.0]] training.max_steps=4150")
+    both_ways = "model.attention_mode=bidirectional"
+    more = {
+        "fused-int4": "training.quantization_type=int4",
+        "fused-trainable": "training.fusion_mode=trainable training.max_steps=3700",
+        "fused-bidirectional": f"{both_ways} training.max_steps=5000",
+        "end-to-end-bidirectional": f"{both_ways} {STANDARD} training.max_steps=2250",
+        "end-to-end-2-layers": two_layers,
+        "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=3e-3",
+        "next-token-2e-3": f"{NEXT_TOKEN} training.max_steps=2050 training.lr=2e-3",
+    }
+    # What each idea is worth: half the time of the runs above, all of it equal again.
+    blocks = "training.total_blocks={} training.block_size={} training.block_steps={} " \
+             "training.block_mask_ranges={}"
+    ideas = {
+        "fused-half": "training.max_steps=2000",
+        "no-adapters": "training.qlora_enabled=false training.max_steps=2200",
+        "heavy-to-light": "training.max_steps=2000 "
+                          "training.block_mask_ranges=[[0.7,1.0],[0.4,0.7],[0.0,0.4]]",
+        "two-blocks": blocks.format(2, 3, "[8,2]", "[[0.0,0.5],[0.5,1.0]]")
+                      + " training.max_steps=1600",
+        "six-blocks": blocks.format(6, 1, "[15,1,1,1,1,1]",
+                                    "[[0.0,0.3],[0.3,0.5],[0.5,0.6],[0.6,0.8],[0.8,0.9],[0.9,1.0]]")
+                      + " training.max_steps=2400",
+        "shift-off": "training.max_steps=2600",
+        "masked-only": "training.max_steps=2600",
+        "shared-adapters": "training.max_steps=2000",
+        "embeddings-on": "training.max_steps=1950",
+    }  # fmt: skip
+    # From the weights of next-token-0, exported: python evaluate_gpt2.py --run next-token-0
+    # --precision fp32 --export next-token-gpt2
+    started = "model.init_from=next-token-gpt2 training.max_steps=1950"
+    pretrained = {
+        "fused-from-gpt2": started,
+        "plain-qlora": f"{started} {STANDARD}",
+    }
+    return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
+            "pretrained": pretrained}
+
+
+def command_of(row, settings):
+    """The command that trains a row. One with an exercise's change needs this script for it."""
+    if row in exercises():
+        return f"python tests/study.py {row}"
+    return "python train_gpt2_fusion.py " + shlex.join(arguments(row, settings))
+
+
+def arguments(row, settings):
+    """The arguments of train_gpt2_fusion.py that train a row."""
+    return ["--preset", "tiny", *settings.split(), f"training.run_id={row}"]
+
+
+def exercises():
+    """The changes of README.md's section Exercises: {name: {file: [(old text, new text)]}}.
+
+    In a diff there, `--- FILE` names the file and an empty line ends a change; line numbers are
+    left out.
+    """
+    text = (ROOT / "README.md").read_text()
+    found = {}
+    for name, diff in re.findall(r"\n### [^\n]*\(`([\w-]+)`\)\n(?:(?!\n#).)*?```diff\n(.*?)```", text, re.S):
+        files = found[name] = {}
+        for part in re.split(r"^--- ", diff, flags=re.M)[1:]:
+            file, _, changes = part.partition("\n")
+            files[file] = [
+                tuple("".join(line[1:] + "\n" for line in change.splitlines() if line[0] in kept)
+                      for kept in (" -", " +"))
+                for change in changes.strip("\n").split("\n\n")
+            ]  # fmt: skip
+    return found
+
+
+def changed_copy(name, folder):
+    """Copy the code into `folder` with an exercise's change. UserError where it does not fit."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in [*ROOT.glob("*.py"), ROOT / "gpt2.yaml"]:
+        shutil.copy(path, folder)
+    for file, changes in exercises()[name].items():
+        text = (folder / file).read_text()
+        for old, new in changes:
+            if text.count(old) != 1:
+                raise UserError(f"README.md's change {name} does not fit {file}: {old.strip()!r}")
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+
+
+def run(row, settings, threads):
+    """Train and evaluate a row, or go on with it. -> its figures; UserError where it failed."""
+    folder, code = ROOT / "checkpoints" / row, ROOT
+    command = [sys.executable, "train_gpt2_fusion.py", "--resume", *arguments(row, settings)]
+    if row in exercises():
+        code = folder / "code"
+        changed_copy(row, code)
+        command += [f"training.folder={ROOT / 'checkpoints'}", f"data.folder={ROOT / 'data'}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "study.log", "a") as log:
+        code = subprocess.run(command, cwd=code, stdout=log, stderr=subprocess.STDOUT,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    if code:
+        raise UserError(f"{row} failed with status {code}; see {folder / 'study.log'}")
+    return figures(folder) | {"threads": threads}
+
+
+def figures(folder):
+    """What is kept of a run: its metrics, and the seconds and memory of each stage."""
+    result = json.loads((folder / "eval.json").read_text())
+    keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram", "rows",
+            "train_seconds", "train_tokens")
+    stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
+               "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
+              for stage in result["memory"]["stages"]]
+    steps = {f'{step["mask_fraction"]:g}': step["cross_entropy"] for step in result["time_steps"]}
+    if any(map(math.isnan, result["left_to_right"] or [])):  # exercise shift-off: it would leak
+        result |= {"left_to_right": None}
+        result["bits_per_byte"]["left_to_right"] = None
+    return {key: result[key] for key in keys} | {"cross_entropy": steps, "stages": stages}
+
+
+def measured():
+    """What study-tiny.json holds: {row: {command, figures}}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def mean(values, digits):
+    """The mean as text, with the standard deviation over seeds where there are several."""
+    if None in values:
+        return "-"
+    text = f"{statistics.mean(values):,.{digits}f}"
+    return text + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def print_table(group, names):
+    """A Markdown table of a group; rows that differ in their seed alone share a line.
+
+    Nats per token; left to right at the best exit; bits per byte by the continuous bound, or left
+    to right where there is none. `+-` is the standard deviation over the seeds.
+    """
+    done, lines = measured(), {}
+    for name in names:
+        if name in done:
+            seeded = "training.seed=" in done[name]["command"]
+            line = name.rpartition("-")[0] if seeded else name
+            lines.setdefault(line, []).append(done[name])
+    if not lines:
+        return
+    head = ("run", "seeds", "seconds", "M tokens", "tokens/s", "NELBO_12", "NELBO",
+            "left to right", "bits/byte", "MiB held, by stage", "MiB at the peak")
+    print(f"\n{group}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for name, runs in lines.items():
+        masked = "time_step_masking=false" not in runs[0]["command"]
+        best = [run["left_to_right"] and min(run["left_to_right"]) for run in runs]
+        bits = [run["bits_per_byte"]["nelbo" if masked else "left_to_right"] for run in runs]
+        speed = [run["train_tokens"] / run["train_seconds"] for run in runs]
+        stages = list(zip(*(run["stages"] for run in runs)))
+        held, peak = (" / ".join(f"{statistics.mean(s[key] for s in same):.0f}" for same in stages)
+                      for key in ("held_mib", "peak_mib"))
+        seconds = mean([run["train_seconds"] for run in runs], 0)
+        bounds = (mean([run[key] if masked else None for run in runs], 3)
+                  for key in ("nelbo_12", "nelbo"))
+        cells = (name, len(runs), seconds, f'{runs[0]["train_tokens"] / 1e6:.2f}', mean(speed, 0),
+                 *bounds, mean(best, 3), f"{statistics.mean(bits):.3f}", held, peak)
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="The claims at tiny scale, measured.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows or groups (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the command of each row")
+    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    args = parser.parse_args(argv)
+    groups = rows()
+    every = {row: settings for group in groups.values() for row, settings in group.items()}
+    unknown = [name for name in args.rows if name not in every and name not in groups]
+    if unknown:
+        raise UserError(f"no row {unknown[0]!r}; --list names them all")
+    chosen = [row for group, names in groups.items() for row in names
+              if not args.rows or row in args.rows or group in args.rows]
+    if args.list:
+        for row in chosen:
+            print(command_of(row, every[row]))
+        return 0
+    if not args.table:
+        todo = [row for row in chosen if row not in measured()]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            threads = 1 if args.jobs > 1 else os.cpu_count()
+            results = pool.map(lambda row: run(row, every[row], threads), todo)
+            for row, result in zip(todo, results):
+                table = measured() | {row: {"command": command_of(row, every[row])} | result}
+                write_atomically(RESULTS, json.dumps(table, indent=1).encode())
+                print(f'{row}: NELBO_12 {result["nelbo_12"]:.3f}, left to right '
+                      f'{result["left_to_right"]}, {result["train_seconds"]:.0f} s', flush=True)
+    for group, names in groups.items():
+        print_table(group, [name for name in names if name in chosen])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
