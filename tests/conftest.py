@@ -58,6 +58,7 @@ def toy(monkeypatch, tmp_path):
         "model.n_heads": 2,
         "model.seq_len": 32,
         "training.block_size": 2,
+        "training.block_steps": "[2,1,1]",
         "training.batch_size": 4,
         "training.max_steps": 12,
         "training.warmup_steps": 2,

@@ -52,12 +52,17 @@ def rows():
     tuning = {f"tune-{name}-{lr}": f"{keys} {TUNED} training.max_steps={steps} training.lr={lr}"
               for lr in RATES for name, (keys, steps) in VARIANTS.items()}
     fused = "training.lr=1e-3 training.max_steps=1450 training.batch_size=16 training.qlora_lr=3e-3"
-    small = "training.batch_size=8 training.max_steps"
+    small, smaller = (f"training.batch_size={rows} training.max_steps" for rows in (8, 4))
     tried = {
         "try-8-rows-fused": f"training.block_steps=[8,1,1] training.lr=1e-3 "
                             f"training.qlora_lr=3e-3 {small}=2900",
         "try-8-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {small}=1460",
         "try-8-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {small}=1460",
+        "try-8-rows-end-to-end-5e-4": f"{STANDARD} training.lr=5e-4 {small}=1460",
+        "try-4-rows-fused": f"training.block_steps=[8,1,1] training.lr=1e-3 "
+                            f"training.qlora_lr=3e-3 {smaller}=5400",
+        "try-4-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {smaller}=2700",
+        "try-4-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {smaller}=2700",
         "try-shares-2-1-1": f"{fused} training.block_steps=[2,1,1]",
         "try-shares-4-1-1": f"{fused} training.block_steps=[4,1,1]",
         "try-shares-16-1-1": f"{fused} training.block_steps=[16,1,1]",
@@ -69,45 +74,44 @@ def rows():
     # is the tiny preset as it stands.
     main = {
         "fused": "",
-        "fused-no-adapters": "training.qlora_enabled=false training.max_steps=4400",
-        "end-to-end": f"{STANDARD} training.max_steps=2050",
-        "next-token": f"{NEXT_TOKEN} training.max_steps=2050 training.lr=3e-3",
+        "fused-no-adapters": "training.qlora_enabled=false training.max_steps=9200",
+        "end-to-end": f"{STANDARD} training.max_steps=4150",
+        "next-token": f"{NEXT_TOKEN} training.max_steps=4150 training.lr=3e-3",
     }
     seeds = {f"{name}-{seed}": f"{keys} training.seed={seed}"
              for seed in range(3) for name, keys in main.items()}
     two_layers = (f"{STANDARD} model.n_layers=2 training.total_blocks=1 training.block_steps=[1] "
-                  "training.block_mask_ranges=[[0.0,1.0]] training.max_steps=4150")
+                  "training.block_mask_ranges=[[0.0,1.0]] training.max_steps=8700")
     both_ways = "model.attention_mode=bidirectional"
     more = {
-        "fused-int4": "training.quantization_type=int4",
-        "fused-trainable": "training.fusion_mode=trainable training.max_steps=3700",
-        "fused-bidirectional": f"{both_ways} training.max_steps=5000",
-        "end-to-end-bidirectional": f"{both_ways} {STANDARD} training.max_steps=2250",
         "end-to-end-2-layers": two_layers,
         "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=3e-3",
-        "next-token-2e-3": f"{NEXT_TOKEN} training.max_steps=2050 training.lr=2e-3",
+        "fused-int4": "training.quantization_type=int4",
+        "fused-trainable": "training.fusion_mode=trainable training.max_steps=8200",
+        "fused-bidirectional": f"{both_ways} training.max_steps=10500",
+        "end-to-end-bidirectional": f"{both_ways} {STANDARD} training.max_steps=4500",
     }
     # What each idea is worth: half the time of the runs above, all of it equal again.
     blocks = "training.total_blocks={} training.block_size={} training.block_steps={} " \
              "training.block_mask_ranges={}"
     ideas = {
-        "fused-half": "training.max_steps=2000",
-        "no-adapters": "training.qlora_enabled=false training.max_steps=2200",
-        "heavy-to-light": "training.max_steps=2000 "
+        "fused-half": "training.max_steps=4400",
+        "no-adapters": "training.qlora_enabled=false training.max_steps=4600",
+        "heavy-to-light": "training.max_steps=4400 "
                           "training.block_mask_ranges=[[0.7,1.0],[0.4,0.7],[0.0,0.4]]",
-        "two-blocks": blocks.format(2, 3, "[8,2]", "[[0.0,0.5],[0.5,1.0]]")
-                      + " training.max_steps=1600",
-        "six-blocks": blocks.format(6, 1, "[15,1,1,1,1,1]",
+        "two-blocks": blocks.format(2, 3, "[16,2]", "[[0.0,0.5],[0.5,1.0]]")
+                      + " training.max_steps=3600",
+        "six-blocks": blocks.format(6, 1, "[25,1,1,1,1,1]",
                                     "[[0.0,0.3],[0.3,0.5],[0.5,0.6],[0.6,0.8],[0.8,0.9],[0.9,1.0]]")
-                      + " training.max_steps=2400",
-        "shift-off": "training.max_steps=2600",
-        "masked-only": "training.max_steps=2600",
-        "shared-adapters": "training.max_steps=2000",
-        "embeddings-on": "training.max_steps=1950",
+                      + " training.max_steps=5400",
+        "shift-off": "training.max_steps=6000",
+        "masked-only": "training.max_steps=6000",
+        "shared-adapters": "training.max_steps=4400",
+        "embeddings-on": "training.max_steps=4300",
     }  # fmt: skip
     # From the weights of next-token-0, exported: python evaluate_gpt2.py --run next-token-0
     # --precision fp32 --export next-token-gpt2
-    started = "model.init_from=next-token-gpt2 training.max_steps=1950"
+    started = "model.init_from=next-token-gpt2 training.max_steps=4600"
     pretrained = {
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
