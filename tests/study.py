@@ -51,24 +51,25 @@ def rows():
     """{group: {row: settings}}, in the order in which they are run."""
     tuning = {f"tune-{name}-{lr}": f"{keys} {TUNED} training.max_steps={steps} training.lr={lr}"
               for lr in RATES for name, (keys, steps) in VARIANTS.items()}
-    fused = "training.lr=1e-3 training.max_steps=1450 training.batch_size=16 training.qlora_lr=3e-3"
-    small, smaller = (f"training.batch_size={rows} training.max_steps" for rows in (8, 4))
+    # Beside tune-<variant>-<rate>, from which each of these differs in one thing (and in the steps
+    # that keep the time equal).
+    fused = "training.lr=1e-3 training.qlora_lr=3e-3"
+    half, quarter = (f"training.batch_size={rows} training.max_steps" for rows in (8, 4))
+    full = f"{fused} training.batch_size=16 training.max_steps=1450"
     tried = {
-        "try-8-rows-fused": f"training.block_steps=[8,1,1] training.lr=1e-3 "
-                            f"training.qlora_lr=3e-3 {small}=2900",
-        "try-8-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {small}=1460",
-        "try-8-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {small}=1460",
-        "try-8-rows-end-to-end-5e-4": f"{STANDARD} training.lr=5e-4 {small}=1460",
-        "try-4-rows-fused": f"training.block_steps=[8,1,1] training.lr=1e-3 "
-                            f"training.qlora_lr=3e-3 {smaller}=5400",
-        "try-4-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {smaller}=2700",
-        "try-4-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {smaller}=2700",
-        "try-shares-2-1-1": f"{fused} training.block_steps=[2,1,1]",
-        "try-shares-4-1-1": f"{fused} training.block_steps=[4,1,1]",
-        "try-shares-16-1-1": f"{fused} training.block_steps=[16,1,1]",
-        "try-adapter-rate-1e-2": f"{fused} training.block_steps=[8,1,1] training.qlora_lr=1e-2",
-        "try-time-step-0.01": f"{fused} training.block_steps=[8,1,1] "
-        "training.time_step_mask_fractions=[0.01,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.85,0.9,0.95,0.99]",
+        "try-8-rows-fused": f"{fused} training.block_steps=[8,1,1] {half}=2900",
+        "try-8-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {half}=1460",
+        "try-8-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {half}=1460",
+        "try-8-rows-end-to-end-5e-4": f"{STANDARD} training.lr=5e-4 {half}=1460",
+        "try-4-rows-fused": f"{fused} training.block_steps=[8,1,1] {quarter}=5400",
+        "try-4-rows-end-to-end": f"{STANDARD} training.lr=1e-3 {quarter}=2700",
+        "try-4-rows-next-token": f"{NEXT_TOKEN} training.lr=2e-3 {quarter}=2700",
+        "try-shares-2-1-1": f"{full} training.block_steps=[2,1,1]",
+        "try-shares-4-1-1": f"{full} training.block_steps=[4,1,1]",
+        "try-shares-16-1-1": f"{full} training.block_steps=[16,1,1]",
+        "try-adapter-rate-1e-2": f"{full} training.block_steps=[8,1,1] training.qlora_lr=1e-2",
+        "try-time-step-0.01": f"{full} training.block_steps=[8,1,1] "
+        "training.time_step_mask_fractions=[.01,.1,.2,.3,.4,.5,.6,.7,.8,.85,.9,.95,.99]",
     }
     # Steps for equal training time, from the tokens per second of the tuning runs. The fused run
     # is the tiny preset as it stands.
@@ -76,7 +77,7 @@ def rows():
         "fused": "",
         "fused-no-adapters": "training.qlora_enabled=false training.max_steps=9200",
         "end-to-end": f"{STANDARD} training.max_steps=4150",
-        "next-token": f"{NEXT_TOKEN} training.max_steps=4150 training.lr=3e-3",
+        "next-token": f"{NEXT_TOKEN} training.max_steps=4150 training.lr=2e-3",
     }
     seeds = {f"{name}-{seed}": f"{keys} training.seed={seed}"
              for seed in range(3) for name, keys in main.items()}
@@ -85,7 +86,8 @@ def rows():
     both_ways = "model.attention_mode=bidirectional"
     more = {
         "end-to-end-2-layers": two_layers,
-        "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=3e-3",
+        "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=2e-3",
+        "next-token-3e-3": f"{NEXT_TOKEN} training.max_steps=4150 training.lr=3e-3",
         "fused-int4": "training.quantization_type=int4",
         "fused-trainable": "training.fusion_mode=trainable training.max_steps=8200",
         "fused-bidirectional": f"{both_ways} training.max_steps=10500",
@@ -140,7 +142,11 @@ def exercises():
     """
     text = (ROOT / "README.md").read_text()
     found = {}
-    for name, diff in re.findall(r"\n### [^\n]*\(`([\w-]+)`\)\n(?:(?!\n#).)*?```diff\n(.*?)```", text, re.S):
+    for section in text.split("\n### "):
+        match = re.match(r"[^\n]*\(`([\w-]+)`\)\n.*?```diff\n(.*?)```", section, re.S)
+        if not match:
+            continue
+        name, diff = match.groups()
         files = found[name] = {}
         for part in re.split(r"^--- ", diff, flags=re.M)[1:]:
             file, _, changes = part.partition("\n")
@@ -187,8 +193,8 @@ def run(row, settings, threads):
 def figures(folder):
     """What is kept of a run: its metrics, and the seconds and memory of each stage."""
     result = json.loads((folder / "eval.json").read_text())
-    keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram", "rows",
-            "train_seconds", "train_tokens")
+    keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram",
+            "rows", "train_seconds", "train_tokens")
     stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
                "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
               for stage in result["memory"]["stages"]]
@@ -266,14 +272,18 @@ def main(argv=None):
         return 0
     if not args.table:
         todo = [row for row in chosen if row not in measured()]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            threads = 1 if args.jobs > 1 else os.cpu_count()
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        pool = ThreadPoolExecutor(args.jobs)
+        try:
             results = pool.map(lambda row: run(row, every[row], threads), todo)
             for row, result in zip(todo, results):
                 table = measured() | {row: {"command": command_of(row, every[row])} | result}
                 write_atomically(RESULTS, json.dumps(table, indent=1).encode())
-                print(f'{row}: NELBO_12 {result["nelbo_12"]:.3f}, left to right '
-                      f'{result["left_to_right"]}, {result["train_seconds"]:.0f} s', flush=True)
+                best = result["left_to_right"] and round(min(result["left_to_right"]), 3)
+                print(f'{row}: {result["train_seconds"]:.0f} s, NELBO_12 '
+                      f'{result["nelbo_12"]:.3f}, left to right {best}', flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a run under way saves itself on Ctrl-C
     for group, names in groups.items():
         print_table(group, [name for name in names if name in chosen])
     return 0
