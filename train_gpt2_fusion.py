@@ -56,7 +56,7 @@ class TrainingConfig:
     fusion_mode: str = "frozen"
     total_blocks: int = 3
     block_size: int = 4
-    block_steps: tuple[float, ...] = (2, 1, 1)
+    block_steps: tuple[float, ...] = (8, 1, 1)
     block_mask_ranges: tuple[tuple[float, float], ...] = ((0.0, 0.4), (0.4, 0.7), (0.7, 1.0))
     time_step_masking: bool = True
     time_step_mask_fractions: tuple[float, ...] = ModelConfig.time_step_mask_fractions
