@@ -88,6 +88,7 @@ def rows():
     more = {
         "end-to-end-2-layers": two_layers,
         "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=2e-3",
+        "next-token-longer": f"{NEXT_TOKEN} training.max_steps=4450 training.lr=2e-3",
         "fused-int4": "training.quantization_type=int4",
         "fused-trainable": "training.fusion_mode=trainable training.max_steps=8200",
         "fused-bidirectional": f"{both_ways} training.max_steps=10500",

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import train_gpt2_fusion
 from conftest import ROOT
 from data_loader import DataConfig, UserError, load_config
 from model import ModelConfig
@@ -77,6 +78,19 @@ def test_exercises_change_what_they_say(tmp_path):
     x[0, 0] = 1
     x = left.confident_step(left.GPT(config), x, 4, 0)
     assert (x[0] == config.mask_id).tolist() == [False] * 4 + [True] * 4
+
+
+def test_figures_of_a_run(toy):
+    assert train_gpt2_fusion.main(toy()) == 0
+    figures = study.figures(toy.folder)
+    result = json.loads((toy.folder / "eval.json").read_text())
+    assert figures["nelbo_12"] == result["nelbo_12"] and len(figures["cross_entropy"]) == 13
+    assert [stage["steps"] for stage in figures["stages"]] == [6, 3, 3]
+    assert sum(stage["tokens"] for stage in figures["stages"]) == figures["train_tokens"]
+    result["left_to_right"][1] = float("nan")  # exercise shift-off
+    (toy.folder / "eval.json").write_text(json.dumps(result))
+    figures = study.figures(toy.folder)
+    assert figures["left_to_right"] is None and figures["bits_per_byte"]["left_to_right"] is None
 
 
 def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
