@@ -556,13 +556,19 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
     hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
     weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
     scored = torch.ones_like(mask[:, 1:]) if causal else mask[:, 1:]  # (B, T-1)
+    index = scored.flatten().nonzero().squeeze(1)  # (N,)
+    # Matrix libraries prepare a kernel for every size that they meet, and keep hundreds of them:
+    # where the number of masks decides, it is rounded up, with positions of weight 0.
+    extra = 0 if causal else -len(index) % 64
+    n, index = len(index), F.pad(index, (0, extra))
     loss, ce, hit = chunked_cross_entropy(
-        hidden.flatten(0, 1) if causal else hidden[scored],
+        hidden.flatten(0, 1) if causal else hidden.flatten(0, 1)[index],
         model.wte.weight if model.head_weight is None else model.head_weight,
-        x_0[:, 1:][scored],
-        weights[scored] / (rows or len(x_0)),
+        x_0[:, 1:].flatten()[index],
+        F.pad(weights[scored] / (rows or len(x_0)), (0, extra)),
         model.config.vocab_size,
     )
+    ce, hit = ce[:n], hit[:n]
     ce = torch.zeros_like(weights).masked_scatter(scored, ce)  # (B, T-1)
     hit = torch.zeros_like(weights).masked_scatter(scored, hit.float())  # (B, T-1)
     return loss, (ce * weights).sum(1), hit.sum(1) / scored.sum(1).clamp(min=1)

@@ -317,3 +317,24 @@ def test_top_p_keeps_the_smallest_set_and_temperature_0_the_likeliest():
     assert set(sample_tokens(logits, top_p=0.7).tolist()) == {0, 1}
     assert set(sample_tokens(logits, top_p=0.01).tolist()) == {0}
     assert set(sample_tokens(logits, temperature=0).tolist()) == {0}
+
+
+def test_masks_are_scored_in_few_sizes_and_the_padding_counts_nothing(monkeypatch):
+    """Every size is a kernel that a matrix library keeps: 1.2 GB of them in a tiny training run."""
+    model, x_0, sizes = toy_model(attention_mode="bidirectional"), text(40), set()
+
+    def watched(hidden, weight, targets, weights, vocab_size):
+        sizes.add(len(hidden))
+        return chunked_cross_entropy(hidden, weight, targets, weights, vocab_size)
+
+    monkeypatch.setattr("model.chunked_cross_entropy", watched)
+    for seed in range(10):
+        uniform = torch.rand(x_0.shape, generator=torch.Generator().manual_seed(seed))
+        m = torch.full((40,), 0.5)
+        x_t, mask = corrupt(x_0, m, uniform, TOY.vocab_size)
+        loss, ce, _ = diffusion_loss(model, x_0, x_t, mask, m, block=1)
+        logits = model(x_t, 1)[:, :-1]  # (B, T-1, V)
+        exact = F.cross_entropy(logits.transpose(1, 2), x_0[:, 1:], reduction="none")  # (B, T-1)
+        exact = (exact * token_weights(mask, m, causal=False)).sum(1)
+        assert torch.allclose(ce, exact, atol=1e-5) and torch.allclose(loss, exact.mean(), atol=1e-5)
+    assert len(sizes) <= 2 and all(size % 64 == 0 for size in sizes)
