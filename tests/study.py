@@ -2,13 +2,13 @@
 
     python tests/study.py --list                  every row and the one command that trains it
     python tests/study.py --table                 the tables of what has been measured, by group
-    python tests/study.py fused-0 end-to-end-0    these rows again; a group's name stands for all
-    python tests/study.py                         the rows that were never measured
+    python tests/study.py fused-0 end-to-end-0    train these rows; a group's name stands for all
+    python tests/study.py                         train all that data/results/ does not hold yet
 
 A row is a run of the tiny preset with a few keys changed. It is trained and evaluated by
-`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>/study.log; a
-study that was stopped goes on where it was. What came out of a row is kept in
-data/results/study-tiny.json as soon as it is there.
+`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>.log; a study that
+was stopped goes on where it was, and `--again` trains anew what checkpoints/ holds finished. What
+came out of a row is kept in data/results/study-tiny.json as soon as it is there.
 
 Two runs at a time, one thread each, use two cores better than one run on both. So the seconds of
 this table are seconds of one core, with another run on the other core. The same row on one thread
@@ -82,8 +82,9 @@ def rows():
     }
     seeds = {f"{name}-{seed}": f"{keys} training.seed={seed}"
              for seed in range(3) for name, keys in main.items()}
-    two_layers = (f"{STANDARD} model.n_layers=2 training.total_blocks=1 training.block_steps=[1] "
-                  "training.block_mask_ranges=[[0.0,1.0]] training.max_steps=8700")
+    one_block = (f"{STANDARD} training.total_blocks=1 training.block_steps=[1] "
+                 "training.block_mask_ranges=[[0.0,1.0]]")
+    two_layers = f"{one_block} model.n_layers=2 training.max_steps=8700"
     both_ways = "model.attention_mode=bidirectional"
     more = {
         "end-to-end-2-layers": two_layers,
@@ -113,6 +114,13 @@ def rows():
         "embeddings-on": "training.max_steps=2150",
     }  # fmt: skip
     ideas = {name: f"training.eval_interval=10000 {keys}" for name, keys in ideas.items()}
+    # Where the gain comes from: light masks alone, with two layers and with six. Their time steps
+    # are not the 12, so that only the continuous bound can be compared.
+    light = f"{one_block} training.time_step_mask_fractions=[0.1,0.2,0.3,0.4]"
+    why = {
+        "light-masks-2-layers": f"{light} model.n_layers=2 training.max_steps=2200",
+        "light-masks-6-layers": f"{light} training.block_size=6 training.max_steps=1040",
+    }
     # From the weights of next-token-0, exported: python evaluate_gpt2.py --run next-token-0
     # --precision fp32 --export next-token-gpt2
     started = "model.init_from=next-token-gpt2 training.max_steps=4600"
@@ -121,7 +129,7 @@ def rows():
         "plain-qlora": f"{started} {STANDARD}",
     }
     return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
-            "pretrained": pretrained}
+            "why": why, "pretrained": pretrained}
 
 
 def command_of(row, settings):
@@ -175,21 +183,24 @@ def changed_copy(name, folder):
         (folder / file).write_text(text)
 
 
-def run(row, settings, threads):
+def run(row, settings, threads, again):
     """Train and evaluate a row, or go on with it. -> its figures; UserError where it failed."""
-    folder, code = ROOT / "checkpoints" / row, ROOT
-    command = [sys.executable, "train_gpt2_fusion.py", "--resume", *arguments(row, settings)]
+    runs, code = ROOT / "checkpoints", ROOT
+    runs.mkdir(exist_ok=True)
+    if finished := (runs / row / "eval.json").exists():
+        print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
+    command = [sys.executable, "train_gpt2_fusion.py", *arguments(row, settings),
+               "--overwrite" if finished and again else "--resume"]
     if row in exercises():
-        code = folder / "code"
+        code = runs / f"{row}-code"
         changed_copy(row, code)
-        command += [f"training.folder={ROOT / 'checkpoints'}", f"data.folder={ROOT / 'data'}"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "study.log", "a") as log:
-        code = subprocess.run(command, cwd=code, stdout=log, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
-    if code:
-        raise UserError(f"{row} failed with status {code}; see {folder / 'study.log'}")
-    return figures(folder) | {"threads": threads}
+        command += [f"training.folder={runs}", f"data.folder={ROOT / 'data'}"]
+    with open(runs / f"{row}.log", "a") as log:
+        status = subprocess.run(command, cwd=code, stdout=log, stderr=subprocess.STDOUT,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    if status:
+        raise UserError(f"{row} failed with status {status}; see {runs / f'{row}.log'}")
+    return figures(runs / row) | {"threads": threads}
 
 
 def figures(folder):
@@ -259,6 +270,7 @@ def main(argv=None):
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows or groups")
     parser.add_argument("--list", action="store_true", help="print the command of each row")
     parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--again", action="store_true", help="also what is finished already")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
     args = parser.parse_args(argv)
     groups = rows()
@@ -277,7 +289,7 @@ def main(argv=None):
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         pool = ThreadPoolExecutor(args.jobs)
         try:
-            results = pool.map(lambda row: run(row, every[row], threads), todo)
+            results = pool.map(lambda row: run(row, every[row], threads, args.again), todo)
             for row, result in zip(todo, results):
                 table = measured() | {row: {"command": command_of(row, every[row])} | result}
                 write_atomically(RESULTS, json.dumps(table, indent=1).encode())
