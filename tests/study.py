@@ -6,9 +6,9 @@
     python tests/study.py                         train all that data/results/ does not hold yet
 
 A row is a run of the tiny preset with a few keys changed. It is trained and evaluated by
-`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>.log; a study that
-was stopped goes on where it was, and `--again` trains anew what checkpoints/ holds finished. What
-came out of a row is kept in data/results/study-tiny.json as soon as it is there.
+`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>.log; a study
+that was stopped goes on where it was, and `--again` trains anew what checkpoints/ holds finished.
+What came out of a row is kept in data/results/study-tiny.json as soon as it is there.
 
 Two runs at a time, one thread each, use two cores better than one run on both. So the seconds of
 this table are seconds of one core, with another run on the other core. The same row on one thread
