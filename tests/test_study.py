@@ -32,6 +32,12 @@ def test_every_row_is_a_valid_configuration(row):
         assert min(stage.steps for stage in stages) > config["training"].warmup_steps
 
 
+def test_gpt2_yaml_and_the_dataclasses_have_the_same_defaults():
+    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
+    config = load_config(ROOT / "gpt2.yaml", sections)
+    assert config == {name: kind() for name, kind in sections.items()}
+
+
 def test_exercises_that_need_code_are_found_in_the_readme():
     assert [*study.exercises()] == ["shift-off", "masked-only", "shared-adapters",
                                     "embeddings-on", "three-bit", "leftmost-first"]  # fmt: skip
