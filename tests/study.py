@@ -1,18 +1,21 @@
-"""The claims at tiny scale, measured: every run of the study, its command, its table.
+"""The claims, measured: every run of the study, its command, its table.
 
     python tests/study.py --list                  every row and the one command that trains it
     python tests/study.py --table                 the tables of what has been measured, by group
     python tests/study.py fused-0 end-to-end-0    train these rows; a group's name stands for all
+    python tests/study.py --jobs 1 small          three hours: GPT-2 Small, one run at a time
     python tests/study.py                         train all that data/results/ does not hold yet
 
-A row is a run of the tiny preset with a few keys changed. It is trained and evaluated by
-`train_gpt2_fusion.py` itself in a process of its own, its log in checkpoints/<row>.log; a study
-that was stopped goes on where it was, and `--again` trains anew what checkpoints/ holds finished.
-What came out of a row is kept in data/results/study-tiny.json as soon as it is there.
+A row is a run of the tiny preset, or (small-...) of gpt2.yaml as it stands, with a few keys changed.
+It is trained and evaluated by `train_gpt2_fusion.py` itself in a process of its own, its log in
+checkpoints/<row>.log; a study that was stopped goes on where it was, and `--again` trains anew what
+checkpoints/ holds finished. What came out of a row is kept in data/results/study-tiny.json, or
+study-gpt2-small.json, as soon as it is there.
 
-Two runs at a time, one thread each, use two cores better than one run on both. So the seconds of
-this table are seconds of one core, with another run on the other core. The same row on one thread
-gives the same figures, to the last digit, on the same kind of processor.
+At tiny size two runs at a time, one thread each, use two cores better than one run on both. So the
+seconds of those tables are seconds of one core, with another run on the other core; those of GPT-2
+Small are seconds of both. The same row on as many threads gives the same figures, to the last
+digit, on the same kind of processor.
 """
 
 import argparse
@@ -33,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from data_loader import UserError, one_line_errors, write_atomically
 from evaluate_gpt2 import MIB
 
-RESULTS = ROOT / "data" / "results" / "study-tiny.json"
+RESULTS = ROOT / "data" / "results"
 STANDARD = "training.mode=standard"
 NEXT_TOKEN = f"{STANDARD} training.time_step_masking=false"
 
@@ -44,6 +47,9 @@ VARIANTS = {
     "end-to-end": (STANDARD, 730),
     "next-token": (NEXT_TOKEN, 730),
 }
+# The short runs of GPT-2 Small are scored on 20 validation rows, which is a fifth of the work.
+ON_20_ROWS = ("import sys, evaluate_gpt2, train_gpt2_fusion; evaluate_gpt2.ROWS = 20; "
+              "sys.exit(train_gpt2_fusion.main(sys.argv[1:]))")
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")
 TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
 
@@ -128,20 +134,34 @@ def rows():
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
     }
+    # GPT-2 Small, each kind at two rates for a twelfth of the time.
+    small_tuning = {
+        f"small-tune-{name}-{lr}": f"{keys} training.max_steps={steps} training.lr={lr}".strip()
+        for name, keys, steps in (("fused", "", 170), ("end-to-end", STANDARD, 100),
+                                  ("next-token", NEXT_TOKEN, 100))
+        for lr in ("5e-4", "1e-3")
+    }  # fmt: skip
+    # Steps for 45 minutes on both cores, from the tokens per second of the short runs.
+    small = {
+        "small-fused": "training.max_steps=2000 training.lr=5e-4",
+        "small-next-token": f"{NEXT_TOKEN} training.max_steps=1150 training.lr=5e-4",
+        "small-end-to-end": f"{STANDARD} training.max_steps=1150 training.lr=5e-4",
+    }
     return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
-            "why": why, "pretrained": pretrained}
+            "why": why, "pretrained": pretrained, "small-tuning": small_tuning, "small": small}
 
 
 def command_of(row, settings):
-    """The command that trains a row. One with an exercise's change needs this script for it."""
-    if row in exercises():
+    """The command that trains a row. Some need this script: an exercise's change, fewer rows."""
+    if row in exercises() or row.startswith("small-tune-"):
         return f"python tests/study.py {row}"
     return "python train_gpt2_fusion.py " + shlex.join(arguments(row, settings))
 
 
 def arguments(row, settings):
     """The arguments of train_gpt2_fusion.py that train a row."""
-    return ["--preset", "tiny", *settings.split(), f"training.run_id={row}"]
+    preset = [] if row.startswith("small-") else ["--preset", "tiny"]
+    return [*preset, *settings.split(), f"training.run_id={row}"]
 
 
 def exercises():
@@ -189,7 +209,8 @@ def run(row, settings, threads, again):
     runs.mkdir(exist_ok=True)
     if finished := (runs / row / "eval.json").exists():
         print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
-    command = [sys.executable, "train_gpt2_fusion.py", *arguments(row, settings),
+    script = ["-c", ON_20_ROWS] if row.startswith("small-tune-") else ["train_gpt2_fusion.py"]
+    command = [sys.executable, *script, *arguments(row, settings),
                "--overwrite" if finished and again else "--resume"]
     if row in exercises():
         code = runs / f"{row}-code"
@@ -218,9 +239,19 @@ def figures(folder):
     return {key: result[key] for key in keys} | {"cross_entropy": steps, "stages": stages}
 
 
+def results_of(row):
+    """The file that holds a row's figures."""
+    return RESULTS / f"study-{'gpt2-small' if row.startswith('small-') else 'tiny'}.json"
+
+
+def read(path):
+    """What a file of results holds: {row: {command, figures}}."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def measured():
-    """What study-tiny.json holds: {row: {command, figures}}."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    """What all files of results hold."""
+    return read(RESULTS / "study-tiny.json") | read(RESULTS / "study-gpt2-small.json")
 
 
 def mean(values, digits):
@@ -266,7 +297,7 @@ def print_table(group, names):
 
 @one_line_errors
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The claims at tiny scale, measured.")
+    parser = argparse.ArgumentParser(description="The claims, measured.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows or groups")
     parser.add_argument("--list", action="store_true", help="print the command of each row")
     parser.add_argument("--table", action="store_true", help="print what has been measured")
@@ -291,8 +322,9 @@ def main(argv=None):
         try:
             results = pool.map(lambda row: run(row, every[row], threads, args.again), todo)
             for row, result in zip(todo, results):
-                table = measured() | {row: {"command": command_of(row, every[row])} | result}
-                write_atomically(RESULTS, json.dumps(table, indent=1).encode())
+                path = results_of(row)
+                table = read(path) | {row: {"command": command_of(row, every[row])} | result}
+                write_atomically(path, json.dumps(table, indent=1).encode())
                 best = result["left_to_right"] and round(min(result["left_to_right"]), 3)
                 print(f'{row}: {result["train_seconds"]:.0f} s, NELBO_12 '
                       f'{result["nelbo_12"]:.3f}, left to right {best}', flush=True)

@@ -22,7 +22,10 @@ EVERY = {row: settings for group in study.rows().values() for row, settings in g
 
 @pytest.mark.parametrize("row", EVERY)
 def test_every_row_is_a_valid_configuration(row):
-    _, preset, *overrides = study.arguments(row, EVERY[row])
+    arguments = study.arguments(row, EVERY[row])
+    preset = "tiny" if "tiny" in arguments else None
+    assert (preset is None) == row.startswith("small-")
+    overrides = [argument for argument in arguments if "=" in argument]
     sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
     config = load_config(ROOT / "gpt2.yaml", sections, preset, overrides)
     assert config["training"].run_id == row
@@ -107,8 +110,8 @@ def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     results = {f"a-{seed}": run | {"nelbo_12": bound, "command": f"training.seed={seed}"}
                for seed, bound in enumerate(bounds)}
     results["b-1e-3"] = run | {"nelbo_12": 6.0, "command": "training.time_step_masking=false"}
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "results.json")
-    study.RESULTS.write_text(json.dumps(results))
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    study.results_of("a-0").write_text(json.dumps(results))
     study.print_table("runs", [*results, "not-measured-0"])
     a, b = capsys.readouterr().out.splitlines()[-2:]
     spread = statistics.stdev(bounds)
