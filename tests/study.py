@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import UserError, one_line_errors, write_atomically
-from evaluate_gpt2 import MIB
+from evaluate_gpt2 import MIB, read_metrics
 
 RESULTS = ROOT / "data" / "results"
 STANDARD = "training.mode=standard"
@@ -225,13 +225,18 @@ def run(row, settings, threads, again):
 
 
 def figures(folder):
-    """What is kept of a run: its metrics, and the seconds and memory of each stage."""
+    """What is kept of a run: its metrics, and the seconds, memory and validations of each stage."""
     result = json.loads((folder / "eval.json").read_text())
     keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram",
             "rows", "train_seconds", "train_tokens")
     stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
                "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
               for stage in result["memory"]["stages"]]
+    for number, stage in enumerate(stages):
+        seen = [(line["cross_entropy"], line["step"]) for line in read_metrics(folder, "validation")
+                if line["stage"] == number]
+        best, step = min(seen)
+        stage["validation"] = {"best": best, "best_step": step, "last": seen[-1][0]}
     steps = {f'{step["mask_fraction"]:g}': step["cross_entropy"] for step in result["time_steps"]}
     if any(map(math.isnan, result["left_to_right"] or [])):  # exercise shift-off: it would leak
         result |= {"left_to_right": None}
