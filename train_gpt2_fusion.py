@@ -66,7 +66,7 @@ class TrainingConfig:
     qlora_dropout: float = 0.0
     qlora_lr: float = 1e-3
     quantization_type: str = "fp16"
-    lr: float = 1e-3
+    lr: float = 5e-4
     lr_min_share: float = 0.1
     warmup_steps: int = 40
     weight_decay: float = 0.1
@@ -74,7 +74,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     batch_size: int = 8
     gradient_accumulation: int = 1
-    max_steps: int = 800
+    max_steps: int = 2000
     log_interval: int = 10
     eval_interval: int = 100
     eval_rows: int = 16
