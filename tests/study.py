@@ -134,6 +134,15 @@ def rows():
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
     }
+    # Ten times the steps of `main`: several passes over the training text, 55 fused and 25 of the
+    # controls. Weight decay is 0.1 everywhere; dropout is given to all kinds too.
+    long = {
+        "long-next-token": f"{NEXT_TOKEN} training.max_steps=41500 training.lr=2e-3",
+        "long-fused": "training.max_steps=88000",
+        "long-end-to-end": f"{STANDARD} training.max_steps=41500",
+    }
+    long |= {f"{name}-dropout": f"{keys} model.dropout=0.1" for name, keys in long.items()}
+    long = {name: f"{keys} training.eval_interval=1000" for name, keys in long.items()}
     # GPT-2 Small, each kind at a few rates for a tenth of the time.
     small_tuning = {
         f"small-tune-{name}-{lr}": f"{keys} training.max_steps={steps} training.lr={lr}"
@@ -150,7 +159,8 @@ def rows():
         "small-end-to-end": f"{STANDARD} training.max_steps=1100 training.lr=5e-4",
     }
     return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
-            "why": why, "pretrained": pretrained, "small-tuning": small_tuning, "small": small}
+            "why": why, "pretrained": pretrained, "long": long, "small-tuning": small_tuning,
+            "small": small}
 
 
 def command_of(row, settings):
