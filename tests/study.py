@@ -134,7 +134,7 @@ def rows():
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
     }
-    # Ten times the steps of `main`: several passes over the training text, 55 fused and 25 of the
+    # Ten times the steps of `main`: several passes over the training text, 53 fused and 25 of the
     # controls. Weight decay is 0.1 everywhere; dropout is given to all kinds too.
     long = {
         "long-next-token": f"{NEXT_TOKEN} training.max_steps=41500 training.lr=2e-3",
