@@ -143,7 +143,7 @@ def rows():
     }
     long |= {f"{name}-dropout": f"{keys} model.dropout=0.1" for name, keys in long.items()}
     long = {name: f"{keys} training.eval_interval=1000" for name, keys in long.items()}
-    # GPT-2 Small, each kind at a few rates for a tenth of the time.
+    # GPT-2 Small, each kind at a few rates for an eleventh of the time.
     small_tuning = {
         f"small-tune-{name}-{lr}": f"{keys} training.max_steps={steps} training.lr={lr}"
         for name, keys, steps, rates in (("fused", "", 170, "5e-4 1e-3"),
