@@ -244,8 +244,9 @@ def figures(folder):
     stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
                "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
               for stage in result["memory"]["stages"]]
+    validations = read_metrics(folder, "validation")
     for number, stage in enumerate(stages):
-        seen = [(line["cross_entropy"], line["step"]) for line in read_metrics(folder, "validation")
+        seen = [(line["cross_entropy"], line["step"]) for line in validations
                 if line["stage"] == number]
         best, step = min(seen)
         stage["validation"] = {"best": best, "best_step": step, "last": seen[-1][0]}

@@ -119,6 +119,9 @@ def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     results["b-1e-3"] = run | {"nelbo_12": 6.0, "command": "training.time_step_masking=false"}
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     study.results_of("a-0").write_text(json.dumps(results))
+    study.results_of("small-c").write_text("{}")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["study-gpt2-small.json",
+                                                                  "study-tiny.json"]
     study.print_table("runs", [*results, "not-measured-0"])
     a, b = capsys.readouterr().out.splitlines()[-2:]
     spread = statistics.stdev(bounds)
