@@ -912,15 +912,20 @@ def plot(folders, target, device):
 
 
 def plot_loss(axes, folders, device):
-    """Training loss over steps; a dotted line where a stage begins, named if there is one run."""
+    """Training loss over steps, dashed the validation loss of the stage's own time steps; a dotted
+    line where a stage begins, named if there is one run."""
     for index, folder in enumerate(folders):
         done, colour = 0, f"C{index}"
-        stages = read_metrics(folder, "plan")[-1]["stages"]
-        for stage in stages:
-            lines = [line for line in read_metrics(folder, "step")
-                     if line["stage"] == stage["index"]]
-            axes.plot([done + line["step"] for line in lines], [line["loss"] for line in lines],
-                      color=colour, marker=".", label=None if stage["index"] else folder.name)
+        metrics = read_metrics(folder)
+        for stage in [line for line in metrics if line["event"] == "plan"][-1]["stages"]:
+            for event, loss, style in (("step", "loss", {"linewidth": 1, "alpha": 0.5}),
+                                       ("validation", "cross_entropy", {"linestyle": "--"})):
+                lines = [line for line in metrics
+                         if line["event"] == event and line["stage"] == stage["index"]]
+                named = event == "step" and not stage["index"]
+                axes.plot([done + line["step"] for line in lines], [line[loss] for line in lines],
+                          color=colour, label=folder.name if named else None, marker=".",
+                          markevery=max(1, len(lines) // 30), **style)
             if len(folders) == 1 or stage["index"]:
                 axes.axvline(done, color=colour, linestyle=":")
             if len(folders) == 1:
@@ -928,7 +933,7 @@ def plot_loss(axes, folders, device):
                 axes.text(done, 1.01, f' stage {stage["index"] + 1}: m {m[0]:g} to {m[-1]:g}',
                           transform=axes.get_xaxis_transform(), fontsize=11)
             done += stage["steps"]
-    axes.set(xlabel="step", ylabel="training loss, nats per scored token")
+    axes.set(xlabel="step", ylabel="nats per scored token; dashed: validation")
     axes.figure.legend(loc="outside lower center", ncols=4)
 
 

@@ -299,6 +299,20 @@ def test_pictures(run, monkeypatch):
         assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_the_loss_picture_shows_training_and_validation(run):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    e.plot_loss(axes, [run.folder], "cpu")
+    drawn = {(line.get_linestyle(), tuple(line.get_ydata())) for line in axes.get_lines()}
+    for stage in range(3):
+        for event, loss, style in (("step", "loss", "-"), ("validation", "cross_entropy", "--")):
+            lines = [line for line in e.read_metrics(run.folder, event)
+                     if line["stage"] == stage]  # fmt: skip
+            assert lines and (style, tuple(line[loss] for line in lines)) in drawn
+
+
 def test_runs_that_cannot_be_compared_but_in_bits_per_byte(run):
     other = run.folder.with_name("next")
     shutil.copytree(run.folder, other)
