@@ -9,7 +9,6 @@
     python evaluate_gpt2.py --plot                pictures of a run, or of those to compare
     python evaluate_gpt2.py --prompt "The people of" --watch      only a sample
     python evaluate_gpt2.py --prompt "The ____ of the ____ is"    blanks filled in
-    python evaluate_gpt2.py --samples 8 --judge next-token        ways to sample, measured
     python evaluate_gpt2.py --run tiny --export tiny-gpt2     the last exit as a Hugging Face GPT-2
     python evaluate_gpt2.py --run tiny-gpt2 --precision all   such weights in every storage
 
@@ -606,88 +605,6 @@ def sample_text(model, encoding, training, prompt="", length=None, left_to_right
     return encoding.decode(ids[1:].tolist())
 
 
-def text_figures(rows, judge=None):
-    """Figures of written text, token ids (R, T); position 0 is context.
-
-    Returns:
-        dict: perplexity left to right under `judge` (None without one), the share of distinct
-        2-grams, the entropy in nats of the token frequencies; the last two over all rows together.
-    """
-    ce = judge and left_to_right(judge, rows)[-1]
-    written = rows[:, 1:].tolist()
-    pairs = [pair for row in written for pair in itertools.pairwise(row)]
-    share = np.array([*Counter(itertools.chain(*written)).values()]) / sum(map(len, written))
-    return {"judge_perplexity": ce and math.exp(ce), "distinct_2": len({*pairs}) / len(pairs),
-            "entropy": float(-(share * np.log(share)).sum())}
-
-
-def study_samples(folder, model, n, judge_folder=None, prompt="", length=None, left_to_right=-1,
-                  steps=None, seed=0, **how):
-    """Print and return what n samples of every way to write cost and are worth.
-
-    Orders x depths with the same seeds, in turns, so that a busy moment of the machine hits all of
-    them; left to right where the model is causal; and the validation text as a yardstick.
-
-    Args:
-        judge_folder: a run that scores the samples left to right, of the same vocabulary.
-        how: temperature, top_p. UserError for a judge that cannot score this text.
-    """
-    config, training, data = read_config(folder)
-    encoding = tokenizer(config.vocab_size, data.folder)
-    device = model.wte.weight.device
-    dtype = compute_type(device, training["compute_type"])
-    length = length or max(1, config.seq_len - 1 - len(encoding.encode_ordinary(prompt)))
-    x = begin(prompt, length, encoding, config)
-    model, judge = expand(model, dtype), None
-    if judge_folder:
-        judge = expand(load_run(judge_folder, device=device), dtype)
-        theirs = judge.config
-        if (theirs.vocab_size, theirs.attention_mode) != (config.vocab_size, "causal"):
-            raise UserError(f"{Path(judge_folder).name} cannot judge: it must be causal, with "
-                            f"vocab_size {config.vocab_size}")
-        if theirs.seq_len < len(x):
-            raise UserError(f"the judge reads {theirs.seq_len} tokens: give --length")
-    exit = left_to_right % model.blocks
-    ways = [*itertools.product(("ancestral", "confidence"), ("by noise", "full"))]
-    if config.attention_mode == "causal":
-        ways.append(("left to right", f"exit {exit}"))
-    runs = {way: [] for way in ways}  # (seconds, layer evaluations, ids)
-    with autocast(device, dtype):
-        for i, (order, depth) in itertools.product(range(n), ways):
-            start, seeded = time.perf_counter(), dict(how, seed=seed + i)
-            if order == "left to right":
-                ids, layers = sample_left_to_right(model, x, exit, **seeded)
-            else:
-                ids, layers = sample(model, x, steps=even_steps(steps), order=order,
-                                     full_depth=depth == "full", **seeded)
-            ids = ids.cpu()  # before the clock is read: a GPU may still be at work
-            runs[order, depth].append((time.perf_counter() - start, layers, ids))
-        tokens = load_tokens(data, "val", config.vocab_size)
-        table = []
-        for (order, depth), done in runs.items():
-            seconds, layers, ids = zip(*done)
-            table.append({"order": order, "depth": depth, "seconds": float(np.median(seconds)),
-                          "layers": float(np.median(layers)),
-                          **text_figures(torch.stack(ids), judge)})
-        real = text_figures(validation_rows(tokens, len(x), n), judge)
-        table.append({"order": "validation text", "depth": "", "seconds": None, "layers": None,
-                      **real})
-    name = judge_folder and Path(judge_folder).name
-    print(f"\n{Path(folder).name}: {n} samples of {len(x) - 1} tokens each way, the same seeds"
-          + (f"; judge: {name}, left to right" if judge else ""))
-    print("\norder            depth     s/sample  layers  "
-          + ("perplexity  " if judge else "") + "distinct 2-grams  entropy")
-    for row in table:
-        cost = f'{row["seconds"]:8.2f}  {row["layers"]:6.0f}' if row["layers"] else " " * 16
-        print(f'{row["order"]:15s}  {row["depth"]:8s}  {cost}  '
-              + (f'{row["judge_perplexity"]:10.1f}  ' if judge else "")
-              + f'{row["distinct_2"]:16.1%}  {row["entropy"]:7.2f}')
-    for order in ("ancestral", "confidence"):
-        by_noise, full = (row["seconds"] for row in table if row["order"] == order)
-        print(f"{order}: depth by noise is {full / by_noise:.2f} times as fast as full depth")
-    return {"samples": n, "tokens": len(x) - 1, "judge": name, "table": table}
-
-
 # ---------------------------------------------------------------------------------------------
 # The report
 
@@ -1055,26 +972,23 @@ def parse(argv):
     group.add_argument("--left-to-right", type=int, nargs="?", const=-1, metavar="EXIT",
                        help="token after token, from this exit of a causal model (the last)")
     group.add_argument("--watch", action="store_true", default=None, help="show every time step")
-    group.add_argument("--samples", type=int, metavar="N", help="measure every way to sample")
-    group.add_argument("--judge", metavar="RUN_ID", help="run that scores the --samples")
     args = parser.parse_args(argv)
+    check_ranges(args)
+    args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
+    if args.how and (args.precision == "all" or args.compare or args.export
+                     or args.plot is not None):
+        raise UserError("to sample, name one run with --run and one precision, and nothing else")
+    return args
+
+
+def check_ranges(args):
+    """UserError for a number of the command line that is out of range."""
     for name, least, most in (("length", 1, math.inf), ("steps", 1, 10_000), ("seed", 0, 2**63 - 1),
                               ("samples", 1, math.inf), ("temperature", 0, 1e6),
                               ("top_p", 1e-9, 1)):
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
-    if args.samples and (args.order or args.watch):
-        raise UserError("--samples measures every order: leave --order and --watch out")
-    if args.judge and not args.samples:
-        raise UserError("--judge scores samples: say how many with --samples N")
-    args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-    if (args.how or args.samples) and (args.precision == "all" or args.compare or args.export
-                                       or args.plot is not None):
-        raise UserError("to sample, name one run with --run and one precision, and nothing else")
-    if args.samples and ("____" in (args.prompt or "") or (args.length or 2) < 2):
-        raise UserError("--samples measures whole texts: no blanks, and --length 2 or more")
-    return args
 
 
 @one_line_errors
@@ -1105,8 +1019,7 @@ def main(argv=None):
         return 0
     for default in [] if is_pretrained(folder) else defaults_used(folder):
         print(f"note: {folder.name} was made before there was {default}, which is taken for it")
-    name = "samples.json" if args.samples else "eval.json"
-    name = f"eval_{args.precision}.json" if args.precision and not args.samples else name
+    name = f"eval_{args.precision}.json" if args.precision else "eval.json"
     path = Path(args.json or (folder.parent if folder.is_file() else folder) / name)
     path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of scoring
     if path.is_dir():
@@ -1118,17 +1031,13 @@ def main(argv=None):
         if not -1 <= (args.left_to_right or 0) < model.blocks:
             raise UserError(f"exit {args.left_to_right} does not exist; this run has exits 0 to "
                             f"{model.blocks - 1}")
-        if args.samples:
-            judge = args.judge and runs / args.judge
-            result = study_samples(folder, model, args.samples, judge, **args.how)
-        elif args.how:
+        if args.how:
             encoding = tokenizer(config.vocab_size, data.folder)
             text = sample_text(model, encoding, training, **args.how)
             if not args.watch:
                 print(text.strip())
             return 0
-        else:
-            result = report(folder, model, args.full, args.precision)
+        result = report(folder, model, args.full, args.precision)
     write_atomically(path, json.dumps(result, indent=1).encode())
     print(f"\nwritten to {path}")
     return 0

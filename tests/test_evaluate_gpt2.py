@@ -223,18 +223,6 @@ def test_left_to_right_samples_from_any_exit():
         assert layers == 7 * 2 * (block + 1)
 
 
-def test_figures_of_text_by_hand():
-    rows = torch.tensor([[9, 0, 1, 0], [9, 0, 1, 1]])  # position 0 is context
-    figures = e.text_figures(rows)
-    assert figures["judge_perplexity"] is None
-    assert figures["distinct_2"] == 3 / 4  # 01, 10, 01, 11
-    assert figures["entropy"] == pytest.approx(math.log(2))
-    judge = toy_model()
-    rows = torch.randint(5, (3, 8))
-    expected = math.exp(e.left_to_right(judge, rows)[2])
-    assert e.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
-
-
 # --- the command line ------------------------------------------------------------------------
 
 
@@ -268,16 +256,6 @@ def test_sampling_from_the_command_line(run, monkeypatch):
     status, out, _ = run("--left-to-right", 0, "--length", 5, "--temperature", 0)
     assert status == 0 and out
     assert (run.folder / "eval.json").read_bytes() == evaluated
-    # every way to sample, measured; the run judges itself
-    status, out, _ = run("--samples", 2, "--judge", "toy", "--temperature", 0.9)
-    table = json.loads((run.folder / "samples.json").read_text())["table"]
-    ways = [(row["order"], row["depth"]) for row in table]
-    assert ways[:2] == [("ancestral", "by noise"), ("ancestral", "full")]
-    assert [order for order, _ in ways[4:]] == ["left to right", "validation text"]
-    assert table[0]["layers"] < table[1]["layers"] and table[4]["layers"] == 31 * 6
-    assert all(row["layers"] > 0 for row in table[:5])
-    assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
-    assert "times as fast" in out and (run.folder / "eval.json").read_bytes() == evaluated
     # on a terminal the text is redrawn in place
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(e.time, "sleep", lambda seconds: None)
@@ -341,7 +319,6 @@ def test_damage_and_mistakes_end_in_one_line(run, tmp_path):
     refused("--top-p", options=["--top-p", 1.5])
     refused("exit 7", options=["--left-to-right", 7])
     refused("--order", options=["--left-to-right", "--order", "confidence"])
-    refused("--samples", options=["--judge", "toy"])
     refused("one precision", options=["--prompt", "a", "--precision", "all"])
     refused("is a folder", options=["--json", tmp_path])
     assert run("--precision", "nf4", "--json", tmp_path / "new" / "a.json")[0] == 0
