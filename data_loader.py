@@ -598,6 +598,8 @@ def epoch_starts(n_tokens, seq_len, seed, stage, epoch):
 def training_rows(tokens, seq_len, batch_size, seed, stage, step):
     """The global batch of a step, LongTensor (batch_size, seq_len): pure in its arguments.
 
+    batch_size: rows of the whole step, all micro-batches and processes together.
+
     Epochs without replacement; a batch may straddle two. Consecutive steps, whatever the batch
     size, walk the same sequence of rows. UserError if an epoch has fewer rows than a batch.
     """

@@ -50,8 +50,8 @@ PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over ma
 MIB = 2**20
 
 # The keys of `training:` without which a run can be neither rebuilt nor described.
-NEEDED = {"mode", "fusion_mode", "time_step_masking", "quantization_type", "qlora_rank",
-          "qlora_alpha", "qlora_dropout", "compute_type", "seed"}
+NEEDED = {"mode", "fusion_mode", "time_step_masking", "quantization_type", "qlora_enabled",
+          "qlora_rank", "qlora_alpha", "qlora_dropout", "compute_type", "seed"}
 
 # ---------------------------------------------------------------------------------------------
 # A run on disk: checkpoints/<run_id>/ with config.json, metrics.jsonl, checkpoint.pt, backup/
@@ -136,15 +136,16 @@ def load_run(folder, precision=None, device="cpu", resume=False):
     """Rebuild a run's model from disk: the one place that does, for evaluation and --resume.
 
     Finished blocks come from their backups and are stored in `precision` (None: the run's own
-    quantization_type); the block in training, if there is one, and what plain QLoRA trained, from
-    checkpoint.pt in fp32.
+    quantization_type); what is still in training (a block; in `fusion_mode: trainable` all of them)
+    and what plain QLoRA trained, from checkpoint.pt in fp32.
 
     Args:
         folder: checkpoints/<run_id>. precision: one of quant.KINDS or None.
         resume: also return the state that training goes on from.
 
     Returns:
-        model, or (model, state) with resume; state is None where no stage is under way.
+        model, or (model, state) with resume; state is None where there is no checkpoint.pt yet, and
+        a finished run's says so.
 
     Raises:
         UserError for a run without weights or an unfinished run's `precision`;
@@ -306,7 +307,8 @@ def nelbo(model, rows, seed, replicates=REPLICATES, tick=lambda n: None):
     Causal: m stratified over the rows. Bidirectional: sum over masked tokens / m has infinite
     variance near 0, so the number l of masked tokens is stratified over 1..N (N = T-1),
     m ~ Beta(l, N-l+1) names the exit, and l positions chosen at random are scored by their mean:
-    the same integral. The standard error is over independent replicates on the same rows.
+    the same integral, as C(N, l) times the integral of m^(l-1) (1-m)^(N-l) is 1 / l, so that every
+    l counts 1 / N. The standard error is over independent replicates on the same rows.
 
     Returns:
         (mean, standard error of the mean) in nats per token.
@@ -451,7 +453,7 @@ def begin(prompt, length, encoding, config):
     """What sampling starts from: <|endoftext|>, the prompt, and [MASK] where text is to be written.
 
     Each ____ (four underscores or more) in the prompt is a blank of one token, and then nothing is
-    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last one.
+    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last ones.
 
     Args:
         length: tokens to write behind a prompt without blanks (None: 64, or what there is room for)
@@ -501,7 +503,7 @@ def sample(model, x, seed=0, temperature=1.0, top_p=0.95, steps=None, order="anc
     steps = [0.0, *(steps or config.time_step_mask_fractions)]
     layers = 0
     watch(1.0, x[0])
-    for m_t, m_s in zip(steps[:0:-1], steps[-2::-1]):
+    for m_t, m_s in itertools.pairwise(reversed(steps)):
         block = model.blocks - 1 if full_depth else exit_of(m_t, model)
         how = (block, temperature, top_p, generator)
         if order == "confidence":
@@ -724,7 +726,7 @@ def precision_table(folder, device, full=False):
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
-        exact = linears if kind == "fp32" else exact
+        exact = linears if kind == "fp32" else exact  # fp32 is the first of quant.KINDS
         db = signal_to_noise(linears, exact)
         held = memory(model)["total"]
         dtype = compute_type(device, training["compute_type"])
@@ -745,11 +747,13 @@ def precision_table(folder, device, full=False):
     return table
 
 
-def kind_of_run(training):
+def kind_of_run(config, training):
     """A few words on how a run was trained."""
+    fused = training["mode"] == "fused"
+    if not fused and training["qlora_enabled"] and config.init_from != "scratch":
+        return "plain QLoRA"
     if not training["time_step_masking"]:
         return "next-token"
-    fused = training["mode"] == "fused"
     return f'fused, {training["fusion_mode"]}' if fused else "end-to-end diffusion"
 
 
@@ -786,7 +790,7 @@ def compare(folders):
         # [MASK] is new to a model trained without it: its bound says nothing.
         bound = bool(training["time_step_masking"]) or None
         best = result["left_to_right"] and min(result["left_to_right"])
-        print(f'{folder.name:16s}  {kind_of_run(training):20s}'
+        print(f'{folder.name:16s}  {kind_of_run(config, training):20s}'
               + column(result["train_seconds"], 10, 0) + column(result["train_tokens"], 12, 0)
               + column(held, 7, 0) + column(peak, 7, 0)
               + column(bound and result["nelbo_12"], 10, 3)

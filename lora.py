@@ -4,7 +4,7 @@
 
 A starts random and B zero, so a new adapter changes nothing (LoRA, section 4.1). With W in four
 bits this is QLoRA (arXiv 2305.14314, equation 5). Adapters k belong to exit k: they are trained
-in stage k and act only while exit k is read, so that no later stage changes an earlier exit.
+with block k and act only while exit k is read, so that no later stage changes an earlier exit.
 """
 
 import copy
@@ -21,8 +21,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer and, for each exit that has one, a pair (A, B).
 
     base: nn.Linear or QuantLinear, frozen here; rank; alpha: the correction is scaled by
-    alpha / rank; dropout: on the adapter's input. `active_exit` says whose adapters act; GPT's
-    forward sets it. Where that exit has none, the output is base(x), bit for bit.
+    alpha / rank; dropout: on the adapter's input. `active_exit` says whose adapters act;
+    `GPT.hidden` sets it. Where that exit has none, the output is base(x), bit for bit.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0):
@@ -36,10 +36,6 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.ParameterDict()  # {exit: (rank, in)}
         self.lora_B = nn.ParameterDict()  # {exit: (out, rank)}
         self.active_exit = None
-
-    @property
-    def bias(self):
-        return self.base.bias
 
     def add(self, exit, generator=None):
         """Give `exit` an adapter, fp32; A is drawn on the CPU, the same for every device."""
@@ -76,7 +72,7 @@ def _replace(model, name, module):
 
 
 def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, plain=False):
-    """Put an adapter for `exit` on every linear of the blocks before the exit.
+    """Put an adapter for `exit` on every linear of the blocks before block `exit`.
 
     plain: plain QLoRA, adapters on all layers; and the [MASK] row, which pretrained weights lack,
     becomes a parameter of its own beside the frozen embedding. The A are a function of seed and

@@ -192,7 +192,7 @@ class GPT(nn.Module):
 
     Args:
         config: ModelConfig.
-        blocks: how many blocks to build now (None: all). Fusion training begins with one and calls
+        blocks: how many blocks to build now (None: all). Training begins with none and calls
             `grow()` at each stage, so that blocks not yet reached are not in memory.
     """
 
@@ -248,7 +248,8 @@ class GPT(nn.Module):
     def block_parameters(self, block):
         """{name: parameter} of a block: its layers, its exit norm, at block 0 the embeddings.
 
-        This is what a backup holds, beside the block's adapters.
+        This is what a backup holds, beside the adapters that the block's exit has on earlier
+        blocks. Linears that are stored already (quant.py) have no parameters and are left out.
         """
         size = self.config.block_size
         prefixes = [f"h.{i}." for i in range(block * size, (block + 1) * size)]
@@ -307,7 +308,7 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx, block))
 
     @classmethod
-    def from_pretrained(cls, path, config=None, cache="data/raw"):
+    def from_pretrained(cls, path, config=None, cache="data"):
         """A GPT with the weights of `path`; arguments, result and errors as in `read_pretrained`.
 
         config None: one block that owns every layer and every mask fraction.
@@ -320,7 +321,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def fill_from(self, tensors, block):
-        """Start a block that has just been built from the tensors of `read_pretrained`.
+        """Fill a new block with the tensors of `read_pretrained`.
 
         Its exit norm starts as GPT-2's final norm; at block 0 the embeddings are filled too. The
         rows that GPT-2 does not have, [MASK] and padding, start as the mean of the text's rows.
@@ -451,10 +452,11 @@ def corrupt(x_0, mask_fraction, uniform, mask_id):
 def token_weights(mask, mask_fraction, causal):
     """Weight of each predicted position, so that a weighted sum of cross-entropies is CE(m).
 
-    CE(m) = E[sum over masked tokens] / (m (T-1)). A bidirectional model needs just that. In a
-    causal one the hidden state i-1 never sees whether i is masked, so all T-1 positions may be
+    CE(m) = E[sum of -log p over masked tokens] / (m (T-1)). A bidirectional model needs just that.
+    In a causal one the hidden state i-1 never sees whether i is masked, so all T-1 positions may be
     scored: the same expectation with less variance (Rao-Blackwell). m = 0 (no masks) exists for
-    causal models only and is the ordinary next-token loss. Both divide by a constant.
+    causal models only and is the ordinary next-token loss. Both divide by a constant, the expected
+    number of masks or of scored tokens, never by the number drawn.
 
     Args:
         mask: (B, T), mask_fraction: (B,).
@@ -483,7 +485,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
         grad_h = torch.empty_like(hidden) if need_h else None
         grad_W = None
-        scale = 2.0 ** len(h).bit_length()  # weights are about 1 / N: fp16 would lose the gradients
+        # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
+        scale = 2.0 ** len(h).bit_length()
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
@@ -657,7 +660,7 @@ def confident_step(model, x_t, n_left, block, temperature=1.0, top_p=1.0, genera
 # ---------------------------------------------------------------------------------------------
 # 6. GPT-2 weights in and out
 
-# Keys of Hugging Face's config.json: the sizes, by our names, and what this network does one way.
+# Keys of Hugging Face's config.json: the sizes {theirs: ours}, and what this network does one way.
 PRETRAINED_SIZES = {
     "vocab_size": "vocab_size", "n_embd": "d_model", "n_layer": "n_layers", "n_head": "n_heads",
     "n_positions": "seq_len",
@@ -674,12 +677,12 @@ SAFETENSORS_TYPES = {
 }  # fmt: skip
 
 
-def read_pretrained(path, config=None, cache="data/raw"):
+def read_pretrained(path, config=None, cache="data"):
     """Weights in Hugging Face's GPT-2 layout, mapped from their file. -> (ModelConfig, tensors)
 
     Args:
         path: a folder with config.json and model.safetensors or pytorch_model.bin; or one of these
-            two files, config.json beside it; or `gpt2`, which `fetch_gpt2` downloads into `cache`.
+            two files, config.json beside it; or `gpt2`, which is downloaded into cache/gpt2.
         config: the ModelConfig to fill. Its sizes must be the file's; a position table longer than
             its seq_len is cropped. None: one block that owns every layer and the band (0, 1].
 

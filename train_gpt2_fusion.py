@@ -8,7 +8,7 @@
 
 Read from top to bottom: `TrainingConfig`, `Stage` and `fusion_schedule` (which layers are trained
 when, on which noise), `begin_stage` and `end_stage` (freeze, back up, convert), `train_stage` (the
-loop), `train` (the stages, one after another), `main`.
+loop), `run_stages` (the stages, one after another), `main`.
 """
 
 import argparse
@@ -182,8 +182,9 @@ def matmul_flops(stage, config):
     """Matrix-product FLOPs that one token of a stage needs, forward and backward.
 
     2 per weight forward, 2 for the gradient of the input, 2 for the gradient of the weight. Frozen
-    layers need no weight gradient, and without adapters no backward pass at all. The two products
-    of the attention count whole, causal or not; the adapters themselves (about 1 %) do not.
+    layers need no weight gradient, so 4, and without adapters no backward pass, so 2. The attention's
+    two products have no weight among their factors: 2 forward, and 4 wherever there is a backward
+    pass. They count whole, causal or not; the adapters themselves (about 1 %) do not count.
     """
     d, trained = config.d_model, len(stage.layers)
     weights, attention = 12 * d * d, 2 * d * config.seq_len
@@ -224,7 +225,7 @@ def begin_stage(model, stage, training, pretrained=None, folder=None):
         the AdamW optimizer over the stage's trainable parameters.
     """
     while model.blocks <= stage.block:
-        # Each block's initial weights depend on (seed, block) alone, not on what ran before.
+        # A block's layers start as a function of (seed, block) alone, whatever ran before.
         torch.manual_seed(1000 * training.seed + 1 + model.blocks)
         model.grow()
         if pretrained:
@@ -465,7 +466,7 @@ def train_step(loss_of, optimizer, scaler, batch, training, device, dtype):
 
 
 def train_stage(run, model, optimizer, stage, step):
-    """The loop of one stage, from `step` on. Returns False if it was asked to stop."""
+    """The loop of one stage, from `step` on. Returns False if it was stopped before the last."""
     training, device = run.training, model.wte.weight.device
     dtype = compute_type(device, training.compute_type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -479,6 +480,7 @@ def train_stage(run, model, optimizer, stage, step):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
         if model.config.dropout or training.qlora_dropout:
+            # Any function of these numbers will do; the hash of integers is the same everywhere.
             torch.manual_seed(hash((training.seed, stage.index, step, process()[0])))
         batch = batch_of(run.tokens, model.config, training, stage, step)
         ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, training, device, dtype)
@@ -616,10 +618,12 @@ class Run:
         """
         if process()[0]:
             return
-        if step:
+        mid_stage = step > 0  # at a stage's start nothing of it has been trained yet
+        if mid_stage:
             self.peak_mib = max(self.peak_mib, memory_mib(model.wte.weight.device)[1])
         plain = self.stages[0].plain  # what it trains is in no backup
-        weights = lora.adapter_state(model, stage.block if stage else 0) if step or plain else {}
+        exit = stage.block if stage else 0
+        weights = lora.adapter_state(model, exit) if mid_stage or plain else {}
         for block in range(self.backed_up, model.blocks):  # the others are in their backups
             weights |= model.block_parameters(block)
         os.fsync(self.metrics.fileno())  # metrics_bytes must be on disk before the checkpoint is
@@ -631,7 +635,7 @@ class Run:
             "backed_up": self.backed_up,
             "blocks": model.blocks,
             "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
-            "optimizer": optimizer.state_dict() if step else {},
+            "optimizer": optimizer.state_dict() if mid_stage else {},
             "scaler": self.scaler,
             "seconds": self.seconds,
             "peak_mib": self.peak_mib,
@@ -663,7 +667,8 @@ def run_stages(run, model, state, device):
         keep_freed_memory(return_now=True)  # the stage before held more
         memory_mib(device, reset=True)
         optimizer = begin_stage(model, stage, training, run.pretrained, run.folder)
-        run.backed_up = max(run.backed_up, int(stage.plain))
+        if stage.plain:
+            run.backed_up = 1  # begin_stage has done it
         if step:
             optimizer.load_state_dict(state.pop("optimizer"))
         if not train_stage(run, model, optimizer, stage, step):
@@ -735,7 +740,7 @@ def check_same_config(folder, model_config, training, data, text_digest):
              ("data", asdict(old_data), asdict(data))]
     for section, old, new in pairs:
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key) or key == "folder" and section == "data":
+            if old.get(key) == new.get(key) or (section, key) == ("data", "folder"):
                 continue
             text = f"{section}.{key} was {old.get(key)!r} and is now {new.get(key)!r}"
             if section == "training" and key in MAY_CHANGE:
@@ -756,10 +761,11 @@ def print_plan(run, device):
     dtype = compute_type(device, training.compute_type)
     per_step = tokens_per_step(run)
     passes = training.max_steps * per_step / c.seq_len / n_rows(run.tokens, c.seq_len)
-    kind = f" ({training.fusion_mode})" if training.mode == "fused" else " (end to end)"
+    end_to_end = "plain QLoRA" if run.stages[0].plain else "end to end"
+    kind = training.fusion_mode if training.mode == "fused" else end_to_end
     say(f"run {training.run_id}: GPT-2 with {c.n_layers} layers, {c.d_model} wide, {c.n_heads} "
         f"heads, context {c.seq_len}, {c.attention_mode}, vocabulary {c.vocab_size}")
-    say(f"mode {training.mode}{kind}, {training.max_steps} steps of {per_step} tokens, "
+    say(f"mode {training.mode} ({kind}), {training.max_steps} steps of {per_step} tokens, "
         f"{passes:.1f} passes over {len(run.tokens):,} training tokens")
     say(f"device {device}, matrix products in {str(dtype).removeprefix('torch.')}, finished "
         f"blocks stored in {training.quantization_type}")

@@ -5,7 +5,7 @@
     python tests/benchmark.py --preset tiny --steps 9
 
 Where `transformers` and `peft` are installed, their GPT-2 takes steps beside ours, on the same
-number of tokens and with the same AdamW: `pip install transformers peft`.
+number of tokens and with fused AdamW too: `pip install transformers peft`.
 
 Speed: all variants take turns, so that a noisy machine treats them alike; the figures are medians.
 The references live in processes of their own, where memory is allocated as they are used to.

@@ -46,8 +46,8 @@ def text_figures(rows, judge=None):
 
 
 def load_judge(folder, config, n_tokens, device, dtype):
-    """The run that scores samples of `n_tokens` tokens, its vocabulary that of `config`.
-    UserError for one that cannot."""
+    """The run that scores samples of `n_tokens` tokens, <|endoftext|> included, of the vocabulary
+    of `config`. UserError for one that cannot."""
     judge = expand(load_run(folder, device=device), dtype)
     theirs = judge.config
     if (theirs.vocab_size, theirs.attention_mode) != (config.vocab_size, "causal"):
@@ -124,7 +124,7 @@ def main(argv=None):
     parser.add_argument("run", metavar="RUN_ID")
     parser.add_argument("--judge", metavar="RUN_ID", help="causal run that scores the samples")
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="each way (8)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens (all that there is room for)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens (as many as fit)")
     parser.add_argument("--steps", type=int, metavar="N", help="even time steps (the run's own)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P")

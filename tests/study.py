@@ -61,7 +61,7 @@ def rows():
     # Beside tune-<variant>-<rate>, from which each of these differs in one thing (and in the steps
     # that keep the time equal).
     fused = "training.lr=1e-3 training.qlora_lr=3e-3"
-    half, quarter = (f"training.batch_size={rows} training.max_steps" for rows in (8, 4))
+    half, quarter = (f"training.batch_size={n} training.max_steps" for n in (8, 4))
     full = f"{fused} training.batch_size=16 training.max_steps=1450"
     tried = {
         "try-8-rows-fused": f"{fused} training.block_steps=[8,1,1] {half}=2900",
@@ -320,7 +320,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="print the command of each row")
     parser.add_argument("--table", action="store_true", help="print what has been measured")
     parser.add_argument("--again", action="store_true", help="also what is finished already")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
     args = parser.parse_args(argv)
     groups = rows()
     every = {row: settings for group in groups.values() for row, settings in group.items()}
