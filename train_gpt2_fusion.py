@@ -182,9 +182,9 @@ def matmul_flops(stage, config):
     """Matrix-product FLOPs that one token of a stage needs, forward and backward.
 
     2 per weight forward, 2 for the gradient of the input, 2 for the gradient of the weight. Frozen
-    layers need no weight gradient, so 4, and without adapters no backward pass, so 2. The attention's
-    two products have no weight among their factors: 2 forward, and 4 wherever there is a backward
-    pass. They count whole, causal or not; the adapters themselves (about 1 %) do not count.
+    layers need no weight gradient, so 4, and without adapters no backward pass, so 2. The two
+    products of the attention have no weight among their factors: 2 forward, and 4 wherever there is
+    a backward pass. They count whole, causal or not; the adapters (about 1 %) do not count.
     """
     d, trained = config.d_model, len(stage.layers)
     weights, attention = 12 * d * d, 2 * d * config.seq_len

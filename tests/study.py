@@ -6,7 +6,7 @@
     python tests/study.py --jobs 1 small          three hours: GPT-2 Small, one run at a time
     python tests/study.py                         train all that data/results/ does not hold yet
 
-A row is a run of the tiny preset, or (small-...) of gpt2.yaml as it stands, with a few keys changed.
+A row is a run of the tiny preset, or (small-...) of gpt2.yaml as it stands, with some keys changed.
 It is trained and evaluated by `train_gpt2_fusion.py` itself in a process of its own, its log in
 checkpoints/<row>.log; a study that was stopped goes on where it was, and `--again` trains anew what
 checkpoints/ holds finished. What came out of a row is kept in data/results/study-tiny.json, or
@@ -151,8 +151,8 @@ def rows():
                                          ("next-token", NEXT_TOKEN, 100, "2.5e-4 5e-4 1e-3"))
         for lr in rates.split()
     }  # fmt: skip
-    # Steps for 45 minutes on both cores, from the tokens per second of the short runs. The fused run
-    # is gpt2.yaml as it stands.
+    # Steps for 45 minutes on both cores, from the tokens per second of the short runs. The fused
+    # run is gpt2.yaml as it stands.
     small = {
         "small-fused": "",
         "small-next-token": f"{NEXT_TOKEN} training.max_steps=1100 training.lr=5e-4",

@@ -33,7 +33,8 @@ def test_every_row_is_a_valid_configuration(row):
         stages = fusion_schedule(config["model"], config["training"])
         assert sum(stage.steps for stage in stages) == config["training"].max_steps
         short = row.startswith("small-tune-")  # their warm-ups are cut to half of the stage
-        assert min(stage.steps for stage in stages) > (1 if short else config["training"].warmup_steps)
+        least = 1 if short else config["training"].warmup_steps
+        assert min(stage.steps for stage in stages) > least
 
 
 def test_gpt2_yaml_and_the_dataclasses_have_the_same_defaults():
