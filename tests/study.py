@@ -237,24 +237,33 @@ def run(row, settings, threads, again):
 
 
 def figures(folder):
-    """What is kept of a run: its metrics, and the seconds, memory and validations of each stage."""
+    """What is kept of a run: its metrics, and of each stage seconds, memory, validations, stability.
+
+    largest_rise is that of the logged loss from one line to the next, in nats; largest_grad_norm
+    that of the lines after step 100, before clipping (None in a shorter stage).
+    """
     result = json.loads((folder / "eval.json").read_text())
     keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram",
             "rows", "train_seconds", "train_tokens")
     stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
                "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
               for stage in result["memory"]["stages"]]
-    validations = read_metrics(folder, "validation")
+    validations, steps = (read_metrics(folder, event) for event in ("validation", "step"))
     for number, stage in enumerate(stages):
         seen = [(line["cross_entropy"], line["step"]) for line in validations
                 if line["stage"] == number]
         best, step = min(seen)
         stage["validation"] = {"best": best, "best_step": step, "last": seen[-1][0]}
-    steps = {f'{step["mask_fraction"]:g}': step["cross_entropy"] for step in result["time_steps"]}
+        lines = [line for line in steps if line["stage"] == number]
+        rises = [after["loss"] - line["loss"] for line, after in zip(lines, lines[1:])]
+        stage["largest_rise"] = max([0.0, *rises])
+        stage["largest_grad_norm"] = max((line["grad_norm"] for line in lines
+                                          if line["step"] > 100), default=None)
+    ce = {f'{step["mask_fraction"]:g}': step["cross_entropy"] for step in result["time_steps"]}
     if any(map(math.isnan, result["left_to_right"] or [])):  # exercise shift-off: it would leak
         result |= {"left_to_right": None}
         result["bits_per_byte"]["left_to_right"] = None
-    return {key: result[key] for key in keys} | {"cross_entropy": steps, "stages": stages}
+    return {key: result[key] for key in keys} | {"cross_entropy": ce, "stages": stages}
 
 
 def results_of(row):
@@ -284,7 +293,9 @@ def print_table(group, names):
     """A Markdown table of a group; rows that differ in their seed alone share a line.
 
     Nats per token; left to right at the best exit; bits per byte by the continuous bound, or left
-    to right where there is none. `+-` is the standard deviation over the seeds.
+    to right where there is none. `+-` is the standard deviation over the seeds. Rise and gradient
+    norm (see `figures`) are the largest of all stages and seeds; rows measured before they were
+    kept have "-".
     """
     done, lines = measured(), {}
     for name in names:
@@ -295,7 +306,8 @@ def print_table(group, names):
     if not lines:
         return
     head = ("run", "seeds", "seconds", "M tokens", "tokens/s", "NELBO_12", "NELBO",
-            "left to right", "bits/byte", "MiB held, by stage", "MiB at the peak")
+            "left to right", "bits/byte", "MiB held, by stage", "MiB at the peak",
+            "largest rise", "largest gradient norm")
     print(f"\n{group}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, runs in lines.items():
         masked = "time_step_masking=false" not in runs[0]["command"]
@@ -305,11 +317,14 @@ def print_table(group, names):
         stages = list(zip(*(run["stages"] for run in runs)))
         held, peak = (" / ".join(f"{statistics.mean(s[key] for s in same):.0f}" for same in stages)
                       for key in ("held_mib", "peak_mib"))
+        rise, norm = (max((s[key] for same in stages for s in same if s.get(key) is not None),
+                          default=None) for key in ("largest_rise", "largest_grad_norm"))
         seconds = mean([run["train_seconds"] for run in runs], 0)
         bounds = (mean([run[key] if masked else None for run in runs], 3)
                   for key in ("nelbo_12", "nelbo"))
         cells = (name, len(runs), seconds, f'{runs[0]["train_tokens"] / 1e6:.2f}', mean(speed, 0),
-                 *bounds, mean(best, 3), f"{statistics.mean(bits):.3f}", held, peak)
+                 *bounds, mean(best, 3), f"{statistics.mean(bits):.3f}", held, peak,
+                 "-" if rise is None else f"{rise:.3f}", "-" if norm is None else f"{norm:.2f}")
         print(f"| {' | '.join(map(str, cells))} |")
 
 

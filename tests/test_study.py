@@ -99,8 +99,8 @@ def test_figures_of_a_run(toy):
     assert [stage["steps"] for stage in figures["stages"]] == [6, 3, 3]
     assert sum(stage["tokens"] for stage in figures["stages"]) == figures["train_tokens"]
     best = [stage["validation"] for stage in figures["stages"]]
-    metrics = (toy.folder / "metrics.jsonl").read_text().splitlines()
-    seen = [line for line in map(json.loads, metrics) if line["event"] == "validation"]
+    metrics = [*map(json.loads, (toy.folder / "metrics.jsonl").read_text().splitlines())]
+    seen = [line for line in metrics if line["event"] == "validation"]
     assert [line["step"] for line in seen] == [4, 6, 3, 3]
     assert [b["last"] for b in best] == [line["cross_entropy"] for line in seen[1:]]
     assert best[0]["best"] == min(line["cross_entropy"] for line in seen[:2])
@@ -110,10 +110,29 @@ def test_figures_of_a_run(toy):
     assert figures["left_to_right"] is None and figures["bits_per_byte"]["left_to_right"] is None
 
 
+def test_stability_of_a_run(toy):
+    """The largest rise within a stage; the largest gradient norm of the steps after 100."""
+    assert train_gpt2_fusion.main(toy()) == 0
+    path = toy.folder / "metrics.jsonl"
+    lines = [*map(json.loads, path.read_text().splitlines())]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [(line["stage"], line["step"]) for line in steps] == [
+        (0, 2), (0, 4), (0, 6), (1, 2), (1, 3), (2, 2), (2, 3)]  # fmt: skip
+    for line, step, loss, norm in zip(steps, (100, 200, 300, 99, 100, 100, 101),
+                                      (5.0, 4.0, 4.25, 6.0, 5.5, 6.5, 6.75),
+                                      (9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.5)):
+        line |= {"step": step, "loss": loss, "grad_norm": norm}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stages = study.figures(toy.folder)["stages"]
+    assert [stage["largest_rise"] for stage in stages] == [0.25, 0, 0.25]
+    assert [stage["largest_grad_norm"] for stage in stages] == [2.0, None, 0.5]
+
+
 def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     run = {"command": "", "nelbo": 5.0, "train_seconds": 10.0, "train_tokens": 1000,
            "left_to_right": [4.6, 4.5], "bits_per_byte": {"nelbo": 2.0, "left_to_right": 1.5},
-           "stages": [{"held_mib": 26.0, "peak_mib": 500.0}]}  # fmt: skip
+           "stages": [{"held_mib": 26.0, "peak_mib": 500.0, "largest_rise": 0.0,
+                       "largest_grad_norm": None}]}  # fmt: skip
     bounds = [5.1, 5.3, 5.5]
     results = {f"a-{seed}": run | {"nelbo_12": bound, "command": f"training.seed={seed}"}
                for seed, bound in enumerate(bounds)}
@@ -131,6 +150,7 @@ def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     assert "2.000" in a and "1.500" in b  # bits per byte: by the bound, or left to right
     assert "6.000" not in b and "100" in b  # without masks no bound; tokens a second
     assert "not-measured" not in a + b
+    assert a.endswith("| 0.000 | - |") and b.endswith("| 0.000 | - |")
 
 
 def test_unknown_row_is_one_line():
