@@ -947,9 +947,13 @@ def pick_device(name):
 SAMPLING = ("prompt", "length", "steps", "order", "temperature", "top_p", "seed", "left_to_right",
             "watch")
 
+# What an option that evaluates nothing would have to ignore.
+WITHOUT = {"compare": ("run", "export", "full", "json", "precision"),
+           "plot": ("export", "full", "json", "precision"), "export": ("full", "json")}
+
 
 def parse(argv):
-    """The command line. UserError for numbers out of range."""
+    """The command line. UserError for numbers out of range, and for what does not go together."""
     parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
     parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run; with --precision "
                         "all also a path to weights in Hugging Face's GPT-2 layout")
@@ -979,9 +983,13 @@ def parse(argv):
     args = parser.parse_args(argv)
     check_ranges(args)
     args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-    if args.how and (args.precision == "all" or args.compare or args.export
-                     or args.plot is not None):
+    if args.how and (args.precision == "all" or args.compare or args.export or args.full
+                     or args.json or args.plot is not None):
         raise UserError("to sample, name one run with --run and one precision, and nothing else")
+    for what, unused in WITHOUT.items():
+        for name in unused if getattr(args, what) is not None else ():
+            if getattr(args, name):
+                raise UserError(f"--{name} means nothing to --{what}; leave one of them out")
     return args
 
 

@@ -237,7 +237,7 @@ def run(row, settings, threads, again):
 
 
 def figures(folder):
-    """What is kept of a run: its metrics, and of each stage seconds, memory, validations, stability.
+    """What is kept of a run: its metrics; of each stage seconds, memory, validations, stability.
 
     largest_rise is that of the logged loss from one line to the next, in nats; largest_grad_norm
     that of the lines after step 100, before clipping (None in a shorter stage).

@@ -320,6 +320,10 @@ def test_damage_and_mistakes_end_in_one_line(run, tmp_path):
     refused("exit 7", options=["--left-to-right", 7])
     refused("--order", options=["--left-to-right", "--order", "confidence"])
     refused("one precision", options=["--prompt", "a", "--precision", "all"])
+    refused("one precision", options=["--prompt", "a", "--full"])
+    for what in (["--compare", "toy"], ["--plot"], ["--export", tmp_path / "gpt2"]):
+        refused(f"--json means nothing to {what[0]}", options=[*what, "--json", tmp_path / "a"])
+    refused("--run means nothing to --compare", options=["--run", "toy", "--compare", "toy"])
     refused("is a folder", options=["--json", tmp_path])
     assert run("--precision", "nf4", "--json", tmp_path / "new" / "a.json")[0] == 0
     assert (tmp_path / "new" / "a.json").exists()

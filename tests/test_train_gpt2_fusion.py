@@ -448,8 +448,8 @@ def test_a_run_in_every_storage_and_runs_side_by_side(toy, capsys):
 
 def test_training_starts_from_saved_gpt2_weights(toy, tmp_path, capsys):
     """A run's weights, written in Hugging Face's layout, begin another run at the same loss."""
-    next_token = dict(training__mode="standard", training__time_step_masking="false",
-                      training__quantization_type="fp32", training__qlora_enabled="false")  # fmt: skip
+    next_token = {"training__mode": "standard", "training__time_step_masking": "false",
+                  "training__quantization_type": "fp32", "training__qlora_enabled": "false"}
     assert train.main(toy(**next_token, training__max_steps=100, training__lr="3e-3")) == 0
     evaluate_gpt2.load_run(toy.folder).save_pretrained(tmp_path / "gpt2")
     before = json.loads((toy.folder / "eval.json").read_text())["left_to_right"][0]
