@@ -59,8 +59,8 @@ def one_line_errors(main):
         except (UserError, OSError) as error:
             named = getattr(error, "filename", None)
             text = f"{named}: {error.strerror}" if named else str(error)
-        except (MemoryError, RuntimeError) as error:  # on a CPU torch has no type of its own for it
-            if not re.search("MemoryError|t allocate memory", repr(error)):
+        except (MemoryError, RuntimeError) as error:  # torch has no one type of its own for it
+            if not re.search("MemoryError|out of memory|t allocate memory|ALLOC_F", repr(error)):
                 raise
             text = ("out of memory: halve training.batch_size and double "
                     "training.gradient_accumulation, or choose a smaller model")

@@ -359,7 +359,8 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
 def units_of(rows, encoding):
     """Bytes and words of the predicted part of `rows`: (bytes per token, words per token)."""
     predicted = rows[:, 1:].numpy()
-    words = sum(len(encoding.decode(row.tolist()).split()) for row in predicted)
+    texts = (encoding.decode(row.tolist()).replace("<|endoftext|>", " ") for row in predicted)
+    words = sum(len(text.split()) for text in texts)
     return token_bytes(encoding)[predicted].sum() / predicted.size, words / predicted.size
 
 
@@ -686,7 +687,7 @@ def print_report(folder, result, say=print):
     if not stages:
         return
     say("\ntraining by stage; memory in MiB; `all` is what is held, in brackets by mode standard;")
-    say("`peak` is the whole process, activations and libraries included")
+    say("`peak` is the whole process, activations and libraries included (on a GPU: its tensors)")
     say("stage  block  steps  seconds  tokens/s  weights  gradients  optimizer  all (std)     peak")
     for s in stages:
         mib = {kind: value / MIB for kind, value in s["held"].items()}
@@ -938,7 +939,9 @@ def pick_device(name):
              "mps": torch.backends.mps.is_available()}
     try:
         if there.get(name.split(":")[0]):
-            return torch.device(name)
+            device = torch.device(name)
+            if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
+                return device
     except RuntimeError:  # cpu:x
         pass
     raise UserError(f"device {name!r} is unknown or not available here; use auto, cpu, cuda or mps")

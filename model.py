@@ -582,11 +582,11 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
 
 
 def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
-    """Draw a token from each row of logits (N, V) -> (N,). temperature 0 takes the likeliest.
+    """Draw a token from each row of logits (N, V) -> (N,). temperature < 1e-6 takes the likeliest.
 
     top_p keeps the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2020).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # the division below would overflow
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)  # (N, V)
     if top_p == 1:

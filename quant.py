@@ -91,8 +91,9 @@ def quantize(weight, kind, group_size=64):
 
     Codes are chosen against the scales as stored, after their own rounding. A row that is no
     multiple of the group is padded by repeating its last weight. fp16 scales have an absolute
-    floor: int4 weights of tiny groups (range below 1e-6) are off by up to 5e-7. ValueError where
-    the weight is not finite, or too large for the kind.
+    floor: int4 weights of tiny groups (range below 1e-6) are off by up to 5e-7. The work is done on
+    the CPU, as a GPU's division may differ in the last bit: what is stored is the same everywhere.
+    ValueError where the weight is not finite, or too large for the kind.
     """
     if kind not in KINDS:
         raise ValueError(f"quantization_type {kind!r}: choose one of {', '.join(KINDS)}")
@@ -100,7 +101,7 @@ def quantize(weight, kind, group_size=64):
         raise ValueError(f"a weight has shape (out, in), not {tuple(weight.shape)}")
     if group_size < 2 or group_size % 2:
         raise ValueError(f"group_size {group_size}: two codes share a byte, so it must be even")
-    weight = weight.detach().float()
+    device, weight = weight.device, weight.detach().float().cpu()
     shape = tuple(weight.shape)
     n_bad = weight.numel() - int(torch.isfinite(weight).sum())
     if n_bad:
@@ -115,6 +116,7 @@ def quantize(weight, kind, group_size=64):
         codes, tensors = _to_int4(groups) if kind == "int4" else _to_nf4(groups)
         codes = codes.to(torch.uint8).view(shape[0], -1)  # (out, padded_in)
         tensors = {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **tensors}
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     stored = QuantTensor(kind, shape, group_size, tensors)
     if not torch.isfinite(stored.dequantize()).all():
         largest = float(weight.abs().max())

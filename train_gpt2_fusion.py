@@ -109,7 +109,8 @@ class TrainingConfig:
                              f"{len(self.block_steps)} shares")
 
 
-# Keys that --resume may change: they alter what is reported or how it is computed, not the run.
+# Keys that --resume may change: they alter what is reported or how it is computed, not the run
+# (but for rounding, and the masks of dropout, where the device changes).
 MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
               "gradient_checkpointing", "folder", "run_id"}
 
@@ -345,7 +346,7 @@ def start_processes(device):
     if not dist.is_torchelastic_launched():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')  # UserError: fewer GPUs
         torch.cuda.set_device(device)
     # gloo carries what lives on the CPU: asking whether to stop need not wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -627,6 +628,8 @@ class Run:
         for block in range(self.backed_up, model.blocks):  # the others are in their backups
             weights |= model.block_parameters(block)
         os.fsync(self.metrics.fileno())  # metrics_bytes must be on disk before the checkpoint is
+        if stage is None:  # an evaluation made meanwhile is of the unfinished model
+            (self.folder / "eval.json").unlink(missing_ok=True)
         state = {
             "finished": stage is None,
             "stage": stage.index if stage else len(self.stages),

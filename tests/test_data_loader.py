@@ -204,6 +204,10 @@ def test_one_line_errors(capsys, tmp_path):
     for too_much in (torch.empty, np.empty):
         assert d.one_line_errors(lambda argv=None: too_much(10**15))() == 2
         assert "error: out of memory: halve training.batch_size" in capsys.readouterr().err
+    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+                 "MPS backend out of memory (MPS allocated: 9 GB)"):  # fmt: skip
+        assert failing(RuntimeError(text))() == 2
+        assert "error: out of memory" in capsys.readouterr().err
     assert failing(KeyboardInterrupt())() == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -8,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import evaluate_gpt2 as e
 import lora
 import quant
 import train_gpt2_fusion as train
+from data_loader import UserError
 from model import autocast, block_of, sample_tokens
 from test_model import BOTH, TOY, toy_model
 
@@ -159,6 +161,23 @@ def test_unigram_entropy_by_hand():
     # counts + 1 over ids 0, 1, 2: 3, 2, 1 of 6
     expected = -(math.log(3 / 6) + math.log(1 / 6)) / 2
     assert e.unigram_entropy([0, 0, 1], [0, 2], 3) == pytest.approx(expected)
+
+
+def test_words_end_where_an_example_ends():
+    encoding = tiktoken.Encoding("bytes", pat_str=".", mergeable_ranks={
+        bytes([b]): b for b in range(256)}, special_tokens={"<|endoftext|>": 256})  # fmt: skip
+    rows = torch.tensor([[256, *b"we go.", 256, *b"all", 256]])
+    assert e.units_of(rows, encoding) == (9 / 11, 3 / 11)  # per token, end-of-text has no bytes
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("cuda", "cuda:1", "auto"):
+        assert e.pick_device(name).type == "cuda"
+    for name in ("cuda:2", "cuda:x", "cpu:x", "gpu"):
+        with pytest.raises(UserError, match=f"device '{name}' is unknown or not available"):
+            e.pick_device(name)
 
 
 def canvas(config, prompt, n_masks):

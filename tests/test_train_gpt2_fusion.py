@@ -330,8 +330,12 @@ def test_a_run_stopped_in_stage_2_can_be_evaluated(toy, monkeypatch, capsys):
         train.main(toy())
     assert evaluate_gpt2.main(["--folder", str(toy.folder.parent)]) == 0
     assert evaluate_gpt2.load_run(toy.folder).blocks in (1, 2)
-    # What that wrote is not taken for the evaluation of the finished run.
-    monkeypatch.setattr(train, "train_step", real)
+    # What that wrote, or one while the run goes on, is not taken for the finished run's.
+    def step_and_evaluation(*args):
+        (toy.folder / "eval.json").write_text("of an unfinished run")
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", step_and_evaluation)
     real_report = train.report
     monkeypatch.setattr(train, "report", lambda *_, **__: step_then_stop())
     count[0] = 7
