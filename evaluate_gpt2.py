@@ -856,7 +856,7 @@ def plot_loss(axes, folders, device):
                           transform=axes.get_xaxis_transform(), fontsize=11)
             done += stage["steps"]
     axes.set(xlabel="step", ylabel="nats per scored token; dashed: validation")
-    axes.figure.legend(loc="outside lower center", ncols=4)
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
 
 def plot_cross_entropy(axes, folders, device):
