@@ -696,7 +696,8 @@ def print_report(folder, result, say=print):
             f'{s["tokens"] / s["seconds"]:8,.0f}  {weights:7.1f}  {mib["gradients"]:9.1f}  '
             f'{mib["optimizer"]:9.1f}  {mib["total"]:5.0f} ({s["standard_bytes"] / MIB:.0f})'
             f'  {s["peak_mib"]:6.0f}')
-    say(f'whole run: at most {max(s["held"]["total"] for s in stages) / MIB:.0f} MiB held, peak '
+    say(f'whole run: {result["train_seconds"]:.0f} s of training, at most '
+        f'{max(s["held"]["total"] for s in stages) / MIB:.0f} MiB held, peak '
         f'{max(s["peak_mib"] for s in stages):.0f} MiB')
 
 

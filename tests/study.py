@@ -143,7 +143,7 @@ def rows():
     }
     long |= {f"{name}-dropout": f"{keys} model.dropout=0.1" for name, keys in long.items()}
     # Early stopping, fixed after the run above: the decay ends where next-token's validation was
-    # best there. The other kinds were best at, or within 300 steps of, their last one.
+    # best there. The other kinds were best at, or within 500 steps of, their last one.
     long["long-next-token-stopped"] = f"{NEXT_TOKEN} training.max_steps=33000 training.lr=2e-3"
     long = {name: f"{keys} training.eval_interval=1000" for name, keys in long.items()}
     # GPT-2 Small, each kind at a few rates for an eleventh of the time.
