@@ -149,7 +149,7 @@ def _to_nf4(groups):
     tensors = {"absmax_codes": codes.view(absmax.shape), "absmax_scale": scale}
     tensors["absmax_center"] = center
     stored = _absmax(tensors).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    levels = torch.tensor(NF4_LEVELS, device=groups.device)
+    levels = torch.tensor(NF4_LEVELS)
     return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), tensors
 
 
