@@ -1,15 +1,20 @@
-"""Speed and memory of training steps, every variant side by side in one run.
+"""Speed and memory of training steps, every kind of step measured in the same way.
 
-    python tests/benchmark.py                     GPT-2 Small: about 8 minutes on 2 cores
+    python tests/benchmark.py                     GPT-2 Small: about 45 minutes on 2 cores
     python tests/benchmark.py --growth            how cost grows: rows, length, layers, rank
     python tests/benchmark.py --preset tiny --steps 9
 
-Where `transformers` and `peft` are installed, their GPT-2 takes steps beside ours, on the same
-number of tokens and with fused AdamW too: `pip install transformers peft`.
+Where `transformers` and `peft` are installed, their GPT-2 takes steps too, on the same number of
+tokens, with the same autocast and fused AdamW: `pip install transformers peft`.
 
-Speed: all variants take turns, so that a noisy machine treats them alike; the figures are medians.
-The references live in processes of their own, where memory is allocated as they are used to.
-Memory: each variant runs alone in a process of its own.
+Every kind of step runs in a process of its own with nothing else in memory: a block of steps one
+after another, as in training, of which the first does not count. Blocks take turns (A B C A B C
+...), so that a machine which gets slower or faster treats all kinds alike. Figures are medians over
+the counted steps of all blocks, with their quartiles; the peak is the largest of any block.
+
+What is freed: glibc gives large tensors back to the kernel and gets them anew, page by page, at
+the next step. Our training asks it not to (`keep_freed_memory`), Hugging Face's users do not. So
+there are rows of either side with the other's setting.
 """
 
 import argparse
@@ -28,11 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import quant
 import train_gpt2_fusion as train
-from data_loader import DataConfig, load_config, one_line_errors
+from data_loader import DataConfig, UserError, load_config, one_line_errors
 from evaluate_gpt2 import MIB, keep_freed_memory, memory, memory_mib, pick_device
 from model import GPT, ModelConfig, compute_type
 
 # name -> (stage, settings that differ from gpt2.yaml)
+NEXT_TOKEN = ["training.mode=standard", "training.time_step_masking=false"]
 VARIANTS = {
     "stage 1": (0, []),
     "stage 2": (1, []),
@@ -44,7 +50,10 @@ VARIANTS = {
     "stage 3, stored in nf4": (2, ["training.quantization_type=nf4"]),
     "stage 3, gradient_checkpointing": (2, ["training.gradient_checkpointing=true"]),
     "standard": (0, ["training.mode=standard"]),
-    "standard, next-token": (0, ["training.mode=standard", "training.time_step_masking=false"]),
+    "standard, next-token": (0, NEXT_TOKEN),
+    "stage 1, freed memory returned": (0, []),
+    "stage 3, freed memory returned": (2, []),
+    "standard, next-token, freed memory returned": (0, NEXT_TOKEN),
 }
 # Stage 3 at 4 x 256, 12 layers, rank 8, and with one of these changed.
 HALF = ["training.batch_size=4"]
@@ -60,14 +69,20 @@ GROWTH = {
     "rank 2": (2, [*HALF, "training.qlora_rank=2"]),
     "rank 32": (2, [*HALF, "training.qlora_rank=32"]),
 }
-REFERENCES = {"transformers": ["transformers"], "transformers + peft": ["transformers", "peft"]}
+REFERENCES = {
+    "transformers": ["transformers"],
+    "transformers + peft": ["transformers", "peft"],
+    "transformers, freed memory kept": ["transformers"],
+    "transformers + peft, freed memory kept": ["transformers", "peft"],
+}
 
 
 class Variant:
     """A model in the middle of a stage, ready to take steps on made-up tokens."""
 
     def __init__(self, name, args):
-        keep_freed_memory()
+        if not name.endswith("returned"):
+            keep_freed_memory()
         index, settings = (VARIANTS | GROWTH)[name]
         self.config, self.training = configuration(args, settings)
         if self.training.mode == "standard":
@@ -85,7 +100,9 @@ class Variant:
         self.loss_of = train.stage_loss(self.model, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.taken = 0
-        keep_freed_memory(return_now=True)
+        self.flops_per_token = train.matmul_flops(self.stage, self.config)
+        if not name.endswith("returned"):
+            keep_freed_memory(return_now=True)
 
     def step(self):
         """Take a training step. -> seconds"""
@@ -106,9 +123,13 @@ class Reference:
     """GPT2LMHeadModel of the same size, trained on next tokens as its users do: everything, or
     with peft LoRA matrices on every linear; autocast, fused AdamW (its Trainer's default)."""
 
+    flops_per_token = None  # the share of the limit is not computed for others' code
+
     def __init__(self, name, args):
         import transformers
 
+        if name.endswith("kept"):
+            keep_freed_memory()
         self.config, self.training = configuration(args, [])
         c, self.device = self.config, pick_device(self.training.device)
         self.dtype = compute_type(self.device, self.training.compute_type)
@@ -128,11 +149,16 @@ class Reference:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.training.lr, fused=True)
         self.tokens = torch.from_numpy(made_up_tokens(c)).view(-1, c.seq_len)
+        self.taken = 0
+        if name.endswith("kept"):
+            keep_freed_memory(return_now=True)
 
     def step(self):
         """Take a training step. -> seconds"""
         start = time.perf_counter()
-        idx = self.tokens[: self.training.batch_size].to(self.device)
+        rows = self.training.batch_size
+        first = self.taken * rows % (len(self.tokens) - rows)
+        idx = self.tokens[first : first + rows].to(self.device)
         with torch.autocast(self.device.type, self.dtype):
             loss = self.model(input_ids=idx, labels=idx).loss
         loss.backward()
@@ -140,6 +166,7 @@ class Reference:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         norm.item()
+        self.taken += 1
         return time.perf_counter() - start
 
     def held(self):
@@ -159,90 +186,107 @@ def made_up_tokens(config):
     return np.random.default_rng(0).integers(config.vocab_size, size=400 * config.seq_len)
 
 
-def build(name, args):
-    return (Reference if name in REFERENCES else Variant)(name, args)
+def take_block(name, args):
+    """What one process does: a block of steps. -> its figures
+
+    The machine's own matrix-product rate is measured when the steps and their peak are done.
+    """
+    variant = (Reference if name in REFERENCES else Variant)(name, args)
+    memory_mib(variant.device, reset=True)
+    seconds = [variant.step() for _ in range(args.steps + 1)]
+    figures = {
+        "seconds": seconds[1:],  # the first step also allocates and prepares kernels
+        "tokens": variant.training.batch_size * variant.config.seq_len,
+        "held_mib": variant.held() / MIB,
+        "peak_mib": memory_mib(variant.device)[1],
+    }
+    if variant.flops_per_token and variant.device.type == "cpu":  # where matmul_rate measures
+        rates = [train.matmul_rate(variant.config, variant.dtype) for _ in range(5)]
+        figures["flops_per_token"] = variant.flops_per_token
+        figures["flops_per_second"] = rates
+    return figures
 
 
-def child(name, args, task):
-    """This script in another process, with one variant, doing `task`."""
-    command = [sys.executable, __file__, f"--{task}", name, *args.overrides]
+def block_in_a_process(name, args):
+    """`take_block` in a fresh process, alone on the machine. UserError: it failed, and said why."""
+    command = [sys.executable, __file__, "--block", name, "--steps", str(args.steps)]
     command += ["--preset", args.preset] if args.preset else []
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, *args.overrides], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"{name}: its process ended with status {done.returncode}")
+    return json.loads(done.stdout)
 
 
-def step_in(process):
-    """Have the process of a reference take a step. -> seconds"""
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return float(process.stdout.readline())
+def summary(blocks):
+    """The figures of all blocks of one kind of step."""
+    seconds = [value for block in blocks for value in block["seconds"]]
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    tokens = blocks[0]["tokens"]
+    row = {
+        "seconds_per_step": median,
+        "quartiles": [low, high],
+        "tokens_per_second": tokens / median,
+        "held_mib": blocks[0]["held_mib"],
+        "peak_mib": max(block["peak_mib"] for block in blocks),
+        "all_seconds": [block["seconds"] for block in blocks],
+    }
+    if "flops_per_token" in blocks[0]:
+        rate = statistics.median(rate for block in blocks for rate in block["flops_per_second"])
+        row["share_of_limit"] = tokens * blocks[0]["flops_per_token"] / median / rate
+    return row
+
+
+def print_mix(table, shares):
+    """One step of a whole fused run on average, beside every other kind of step."""
+    stages = [f"stage {k + 1}" for k in range(len(shares))]
+    if not all(stage in table for stage in stages):
+        return
+    for suffix in ("", ", no adapters"):
+        rows = [table.get(stage + suffix, table[stage]) for stage in stages]
+        mix = sum(share * row["seconds_per_step"] for share, row in zip(shares, rows)) / sum(shares)
+        print(f"\na step of the {':'.join(f'{s:g}' for s in shares)} mix of the stages{suffix}: "
+              f"{mix:.2f} s; times as long:")
+        for name, row in table.items():
+            if not name.startswith("stage"):
+                print(f"  {name:43s}  {row['seconds_per_step'] / mix:.2f}")
 
 
 @one_line_errors
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Speed and memory of training steps.")
     parser.add_argument("--preset")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--steps", type=int, default=5, help="counted steps of a block")
+    parser.add_argument("--rounds", type=int, default=3, help="blocks of each kind of step")
     parser.add_argument("--growth", action="store_true", help="how cost grows instead")
     names = [*VARIANTS, *GROWTH, *REFERENCES]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME")
-    parser.add_argument("--memory-of", choices=names, help=argparse.SUPPRESS)
-    parser.add_argument("--steps-of", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--block", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    if args.memory_of:
-        variant = build(args.memory_of, args)
-        memory_mib(variant.device, reset=True)
-        for _ in range(3):
-            variant.step()
-        peak = memory_mib(variant.device)[1]
-        print(json.dumps({"held_mib": variant.held() / MIB, "peak_mib": peak}))
-        return 0
-    if args.steps_of:
-        variant = build(args.steps_of, args)
-        for _ in sys.stdin:
-            print(variant.step(), flush=True)
+    if args.block:
+        print(json.dumps(take_block(args.block, args)))
         return 0
 
     installed = [name for name, packages in REFERENCES.items()
                  if all(map(importlib.util.find_spec, packages))]
     chosen = args.only or ([*GROWTH] if args.growth else [*VARIANTS, *installed])
-    table = {}
-    for name in chosen:
-        process = child(name, args, "memory-of")
-        text, _ = process.communicate()
-        if process.returncode:
-            return process.returncode  # it has said why
-        table[name] = json.loads(text)
-    ours = {name: build(name, args) for name in chosen if name not in REFERENCES}
-    others = {name: child(name, args, "steps-of") for name in chosen if name in REFERENCES}
-    times, rates = {name: [] for name in chosen}, {name: [] for name in ours}
-    for _ in range(args.steps + 1):
+    blocks = {name: [] for name in chosen}
+    for number in range(args.rounds):
         for name in chosen:
-            if name in others:
-                times[name].append(step_in(others[name]))
-                continue
-            variant = ours[name]
-            rates[name].append(train.matmul_rate(variant.config, variant.dtype))
-            times[name].append(variant.step())
-    for process in others.values():
-        process.communicate()
-    print(f"{torch.get_num_threads()} threads, medians of {args.steps} steps taken in turns\n")
-    print("variant                           s/step  tokens/s  of limit  held MiB  peak MiB")
-    model_config, training = configuration(args, [])
+            blocks[name].append(block_in_a_process(name, args))
+            median = statistics.median(blocks[name][-1]["seconds"])
+            print(f"round {number + 1}  {name:43s}  {median:.3f} s", file=sys.stderr, flush=True)
+    table = {name: summary(blocks[name]) for name in chosen}
+    print(f"{torch.get_num_threads()} threads, medians of {args.rounds} x {args.steps} steps\n")
+    print(f"{'step':43s}  s/step    quartiles  tokens/s  of limit  held MiB  peak MiB")
     for name, row in table.items():
-        variant = ours.get(name)
-        config = variant.config if variant else model_config
-        rows = variant.training.batch_size if variant else training.batch_size
-        seconds, tokens = statistics.median(times[name][1:]), rows * config.seq_len
-        row |= {"seconds_per_step": seconds, "tokens_per_second": tokens / seconds}
-        limit = ""
-        if variant and variant.device.type == "cpu":  # where matmul_rate measures
-            flops = tokens * train.matmul_flops(variant.stage, config)
-            row["share_of_limit"] = flops / seconds / statistics.median(rates[name][1:])
-            limit = f"{row['share_of_limit']:.2f}"
-        print(f"{name:32s}  {seconds:6.3f}  {tokens / seconds:8,.0f}  {limit:>8s}"
+        low, high = row["quartiles"]
+        limit = f"{row['share_of_limit']:.2f}" if "share_of_limit" in row else ""
+        print(f"{name:43s}  {row['seconds_per_step']:6.3f}  {low:.2f} - {high:.2f}"
+              f"  {row['tokens_per_second']:8,.0f}  {limit:>8s}"
               f"  {row['held_mib']:8.0f}  {row['peak_mib']:8.0f}")
+    print_mix(table, configuration(args, [])[1].block_steps)
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=1))
     return 0
