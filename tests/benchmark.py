@@ -1,6 +1,6 @@
 """Speed and memory of training steps, every kind of step measured in the same way.
 
-    python tests/benchmark.py                     GPT-2 Small: about 45 minutes on 2 cores
+    python tests/benchmark.py                     GPT-2 Small: about half an hour on 2 cores
     python tests/benchmark.py --growth            how cost grows: rows, length, layers, rank
     python tests/benchmark.py --preset tiny --steps 9
 
