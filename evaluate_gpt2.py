@@ -1,20 +1,28 @@
-"""Every metric, sampling, and the report of a run.
+"""A run's folder, every metric, sampling, tables and pictures.
 
-    python evaluate_gpt2.py                       the newest run
-    python evaluate_gpt2.py --run tiny            a run by name
-    python evaluate_gpt2.py --precision int4      the same run, rebuilt from its backups in int4
-    python evaluate_gpt2.py --precision all       a table of every storage
-    python evaluate_gpt2.py --full                every validation row instead of 100
-    python evaluate_gpt2.py --compare tiny other  runs side by side
-    python evaluate_gpt2.py --plot                pictures of a run, or of those to compare
-    python evaluate_gpt2.py --prompt "The people of" --watch      only a sample
-    python evaluate_gpt2.py --prompt "The ____ of the ____ is"    blanks filled in
-    python evaluate_gpt2.py --run tiny --export tiny-gpt2     the last exit as a Hugging Face GPT-2
-    python evaluate_gpt2.py --run tiny-gpt2 --precision all   such weights in every storage
+    python evaluate_gpt2.py                       the newest run: tables, a sample, eval.json
+    python evaluate_gpt2.py --run tiny --precision int4   a run, rebuilt from its backups in int4
+    python evaluate_gpt2.py sample "The people of" --watch     write text
+    python evaluate_gpt2.py sample "The ____ of the ____ is"   fill in blanks
+    python evaluate_gpt2.py compare tiny other    evaluated runs side by side
+    python evaluate_gpt2.py plot tiny other       pictures
+    python evaluate_gpt2.py precision             the newest run in every storage
+    python evaluate_gpt2.py export tiny-gpt2      the last exit as a Hugging Face GPT-2
 
-Read from top to bottom: `load_run` (a run rebuilt from disk), `score` (the one primitive that all
-metrics use), the metrics (`nelbo_12`, `nelbo`, `left_to_right`, `unigram_entropy`), `memory`,
-sampling, the report, the pictures. All figures are in nats per token unless a name says otherwise.
+A run is named by its folder's name in checkpoints/, or by a path; weights in Hugging Face's GPT-2
+layout are a run too, of zero steps. `COMMAND --help` has the options of each command.
+
+Read from top to bottom:
+
+1. `Run`             a run on disk: configuration, metrics, backups, checkpoint, evaluation
+2. `score`           the one primitive that all metrics use; `nelbo_12`, `nelbo`, `left_to_right`
+3. `memory`          what training holds, and what the process takes
+4. `sample`          text, in every order
+5. `report`, `compare`, `precision_table`   tables, by one `print_table`
+6. `plot`            pictures
+7. `main`            the commands
+
+All figures are in nats per token unless a name says otherwise.
 """
 
 import argparse
@@ -26,12 +34,13 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,170 +48,310 @@ import torch
 
 import lora
 import quant
-from data_loader import (DataConfig, UserError, load_tokens, one_line_errors, token_bytes,
-                         tokenizer, validation_rows, write_atomically)
-from model import (GPT, ModelConfig, autocast, block_of, compute_type, confident_step, corrupt,
-                   diffusion_loss, read_pretrained, reverse_step, sample_tokens)
+from data_loader import (Parser, UserError, load_config, load_tokens, one_line_errors,
+                         read_tensors, token_bytes, tokenizer, validation_rows, write_json,
+                         write_tensors)
+from model import (GPT, autocast, block_of, compute_type, confident_step, corrupt, diffusion_loss,
+                   read_pretrained, reverse_step, sample_tokens)
 
 ROWS = 100  # validation rows scored by default
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
 PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over mask fraction
 MIB = 2**20
 
-# The keys of `training:` without which a run can be neither rebuilt nor described.
-NEEDED = {"mode", "fusion_mode", "time_step_masking", "quantization_type", "qlora_enabled",
-          "qlora_rank", "qlora_alpha", "qlora_dropout", "compute_type", "seed"}
-
 # ---------------------------------------------------------------------------------------------
-# A run on disk: checkpoints/<run_id>/ with config.json, metrics.jsonl, checkpoint.pt, backup/
+# 1. A run
 
 
-def newest_run(folder="checkpoints"):
-    """The run folder whose metrics were written last. UserError where there is none."""
-    runs = sorted(Path(folder).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no run in {folder}/; train one first: python train_gpt2_fusion.py")
-    return runs[-1].parent
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint says beside its tensors."""
+
+    stage: int = 0  # in training; the number of stages when all are done
+    step: int = 0  # steps done in that stage
+    finished: bool = False
+    blocks: int = 0  # that exist
+    backups: list = field(default_factory=list)  # seals of the backups of blocks 0, 1, ...
+    metrics_bytes: int = 0  # size of metrics.jsonl
+    scaler: dict = field(default_factory=dict)  # of the loss, with fp16 products
+    seconds: float = 0.0  # training time of the stage so far, validation and saving left out
+    peak_mib: float = 0.0
+
+
+class Run:
+    """A run's folder, and the only place that knows what is in it.
+
+        config.json                    gpt2.yaml as it was used, and the sha256 of the tokens
+        metrics.jsonl                  a line for the plan, each logged step, validation and stage
+        backup/block_<k>.safetensors   block k in full precision, from before it was converted
+        checkpoint.safetensors         what is in no backup: weights in training, optimizer, state
+        eval.json                      the evaluation
+
+    Weights in Hugging Face's GPT-2 layout, a folder or a file, are a run of zero steps: one block,
+    trained without masks.
+    """
+
+    def __init__(self, path):
+        path = Path(path).expanduser()
+        self.weights = path if is_pretrained(path) else None
+        self.folder = path.parent if path.is_file() else path
+        self.name = path.name
+        if self.weights:
+            self.config, self.tokens_sha256 = pretrained_config(path), None
+            return
+        file = self.folder / "config.json"
+        if not file.exists():
+            have = sorted(file.parent.name for file in path.parent.glob("*/config.json"))
+            raise UserError(f"no run {self.name!r}; there are: {', '.join(have) or 'none'}")
+        try:
+            tree = json.loads(file.read_bytes())
+            self.tokens_sha256 = str(tree.pop("tokens_sha256"))
+            self.config = load_config(stored=(file, tree))
+        except (AttributeError, KeyError, RecursionError, TypeError, UserError,
+                ValueError) as error:
+            raise UserError(f"{file} is damaged or of another version of this code ({error}); "
+                            "restore it, or train the run again") from None
+
+    @classmethod
+    def named(cls, name):
+        """The run of a name in checkpoints/ or of a path; None: the one with the newest metrics."""
+        if name is None:
+            files = sorted(runs_folder().glob("*/metrics.jsonl"), key=lambda f: f.stat().st_mtime)
+            if not files:
+                raise UserError(f"no run in {runs_folder()}/; train one first: python "
+                                f"train_gpt2_fusion.py")
+            return cls(files[-1].parent)
+        path = Path(name).expanduser()
+        is_one = is_pretrained(path) or (path / "config.json").is_file()
+        return cls(path if is_one else runs_folder() / name)
+
+    def __str__(self):
+        """How to name the run on a command line."""
+        path = self.weights or self.folder
+        return shlex.quote(self.name if path.parent == runs_folder() else str(path))
+
+    @classmethod
+    def start(cls, folder, config, tokens_sha256):
+        """A new run in `folder`."""
+        write_json(Path(folder) / "config.json", config.tree() | {"tokens_sha256": tokens_sha256})
+        return cls(folder)
+
+    @staticmethod
+    def lock(folder):
+        """Claim a run's folder for this process, until it ends or closes the file returned."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        try:
+            lock_file(file)
+        except OSError:
+            raise UserError(f"run {folder.name} is being trained by another process") from None
+        return file
+
+    def tokens(self):
+        """Train and val tokens. UserError where the text is no longer that of the training."""
+        train, val, digest = load_tokens(self.config.data, self.config.model.vocab_size)
+        if self.tokens_sha256 not in (None, digest):
+            raise UserError(f"the text {self.config.data.source} has changed since run {self.name} "
+                            f"was begun; put the old one back, or train another run")
+        return train, val
+
+    def record(self, event, **values):
+        """Append a line to metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "ab") as file:
+                file.write((json.dumps({"event": event, **values}) + "\n").encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+    def cut_metrics(self, size):
+        """Cut metrics.jsonl back to the `size` bytes that a checkpoint counts on."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists() or path.stat().st_size < size:
+            raise UserError(f"{path} is shorter than the checkpoint says; restore it, or train the "
+                            f"run again with --overwrite")
+        os.truncate(path, size)
+
+    def metrics(self, event=None):
+        """The lines of metrics.jsonl, as dicts; only those of one event if it is given."""
+        path, lines = self.folder / "metrics.jsonl", []
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else ()
+        for number, text in enumerate(whole, 1):  # a kill may leave half a line, the last
+            try:
+                line = json.loads(text)
+                if event in (None, line["event"]):
+                    lines.append(line)
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{path}: line {number} is damaged; restore it") from None
+        return lines
+
+    def back_up(self, model, block, step):
+        """Write a block's weights, and its exit's adapters, as they are. -> the file's seal"""
+        tensors = model.block_parameters(block) | lora.adapter_parameters(model, block)
+        facts = {"block": block, "step": step, "config": self.config.tree()}
+        return write_tensors(self.folder / "backup" / f"block_{block}.safetensors", tensors, facts)
+
+    def save(self, model, optimizer, state):
+        """Write the checkpoint: what resuming needs beside the backups.
+
+        Args:
+            optimizer: None at a stage's start and at the end of the run.
+            state: State; blocks and metrics_bytes are filled in here.
+        """
+        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for block in range(len(state.backups), model.blocks):
+            tensors |= model.block_parameters(block)
+        for name, p in model.named_parameters() if optimizer else ():
+            kept = optimizer.state.get(p, {})
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in kept.items()}
+        metrics = self.folder / "metrics.jsonl"
+        with open(metrics, "ab") as file:
+            os.fsync(file.fileno())  # the lines must be on disk before what counts them
+            state.metrics_bytes, state.blocks = file.tell(), model.blocks
+        (self.folder / "eval.json").unlink(missing_ok=True)  # it was of the model before this
+        write_tensors(self.folder / "checkpoint.safetensors", tensors, asdict(state))
+
+    def state(self):
+        """The State of the last checkpoint; None where there is none yet."""
+        path = self.folder / "checkpoint.safetensors"
+        return State(**read_tensors(path)[1]) if path.exists() else None
+
+    def resume(self, device="cpu", precision=None):
+        """Rebuild the run as of its last checkpoint: the one place that reads weights.
+
+        Finished blocks come from their backups and are stored in `precision` (None: the run's own
+        quantization_type), all else from the checkpoint, in fp32.
+
+        Returns:
+            model, State, {name: optimizer tensor}; three None where there is no checkpoint yet.
+        """
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return None, None, None
+        tensors, facts, _ = read_tensors(path)
+        state = State(**facts)
+        kind = precision or self.config.training.quantization_type
+        model = GPT(self.config.model, blocks=0)
+        for block, seal in enumerate(state.backups):
+            backup = self.folder / "backup" / f"block_{block}.safetensors"
+            if not backup.exists():
+                raise UserError(f"{backup} is missing; put a copy back, or train the run again")
+            stored, _, found = read_tensors(backup)
+            if found != seal:
+                raise UserError(f"{backup} is not the one that {path} counts on; put that back")
+            model.grow()
+            self._fill(model, stored, [block], backup)
+            quant.freeze_block(model, block, kind)
+        unfinished = range(model.blocks, state.blocks)
+        for _ in unfinished:
+            model.grow()
+        optimizer = {name.removeprefix("optimizer."): tensors.pop(name)
+                     for name in [*tensors] if name.startswith("optimizer.")}  # fmt: skip
+        self._fill(model, tensors, unfinished, path)
+        return model.to(device), state, optimizer
+
+    def _fill(self, model, tensors, blocks, path):
+        """Fill `blocks` from tensors by name, adapters and [MASK] row too where there are any.
+
+        UserError names the first tensor that is missing, unknown or of another shape.
+        """
+        training = self.config.training
+        adapted = {}  # exit -> layers
+        for name in tensors:
+            if ".lora_" in name:
+                _, layer, *_, exit_k = name.split(".")
+                adapted.setdefault(int(exit_k), set()).add(int(layer))
+        for exit_k, layers in adapted.items():
+            lora.add_adapters(model, exit_k, sorted(layers), training.qlora_rank,
+                              training.qlora_alpha, training.qlora_dropout)
+        if "mask_row" in tensors:
+            model.add_mask_row()
+        parameters = dict(model.named_parameters())
+        needed = [name for block in blocks for name in model.block_parameters(block)]
+        needed += [name for exit_k in adapted for name in lora.adapter_parameters(model, exit_k)]
+        for name in dict.fromkeys([*needed, *tensors]):
+            shape = getattr(tensors.get(name), "shape", None)
+            if shape is None or name not in parameters or parameters[name].shape != shape:
+                raise UserError(f"{path} does not fit config.json: {name}")
+            parameters[name].data.copy_(tensors[name])
+
+    def load(self, precision=None, device="cpu"):
+        """The run's model for evaluation, with finished blocks stored in `precision`.
+
+        Pretrained weights are stored in fp32 unless it is given. UserError for a run without
+        weights and for an unfinished run's `precision`.
+        """
+        if self.weights:
+            model = GPT.from_pretrained(self.weights, self.config.model)
+            try:
+                quant.freeze_block(model, 0, precision or self.config.training.quantization_type)
+            except ValueError as error:
+                raise UserError(f"{self.weights}: {error}") from None
+            return model.to(device)
+        model, state, _ = self.resume(device, precision)
+        if model is None:
+            raise UserError(f"run {self.name} has no checkpoint yet; go on with --resume")
+        if precision and not state.finished:
+            raise UserError(f"run {self.name} has not ended; finish it with --resume before asking "
+                            f"for a precision")
+        return model
+
+    def evaluation(self):
+        """What eval.json holds. UserError where it is missing or damaged."""
+        path = self.folder / "eval.json"
+        again = f"python evaluate_gpt2.py --run {self}"
+        if not path.exists():
+            raise UserError(f"{path} is missing; {again}")
+        with contextlib.suppress(AttributeError, ValueError):
+            result = json.loads(path.read_bytes())
+            if EVALUATION_KEYS <= result.keys():
+                return result
+        raise UserError(f"{path} is damaged or of another version; {again}")
+
+
+EVALUATION_KEYS = {"nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "time_steps", "unigram",
+                   "bits_per_byte", "memory", "train_seconds", "train_tokens", "rows", "config"}
+
+
+def runs_folder():
+    """Where a run is looked for by its name."""
+    return Path(load_config().training.folder).expanduser()
+
+
+def lock_file(file):
+    """Lock an open file for this process alone. OSError if another process has done so."""
+    with contextlib.suppress(ImportError):
+        import fcntl  # Linux, macOS
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(ImportError):
+        import msvcrt  # Windows
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def is_pretrained(path):
     """Whether a path is not a run but a file or folder in Hugging Face's GPT-2 layout."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    return path.suffix in (".safetensors", ".bin") or any((path / n).is_file() for n in names)
+    if path.is_file():
+        return path.suffix in (".safetensors", ".bin")
+    return any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
 
 
-def read_config(folder):
-    """A run's configuration: (ModelConfig, dict of `training:`, DataConfig).
-
-    Pretrained weights get what an evaluation needs: one block, rows of at most 256 tokens, and the
-    text that data/ holds.
-    """
-    if is_pretrained(Path(folder)):
-        try:
-            model, _ = read_pretrained(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        model = replace(model, seq_len=min(model.seq_len, ModelConfig.seq_len))
-        meta = Path(DataConfig.folder) / "meta.json"
-        text = json.loads(meta.read_text()) if meta.exists() else asdict(DataConfig())
-        training = {"seed": 0, "compute_type": "auto", "time_step_masking": False}
-        return model, training, DataConfig(text["source"], text["num_examples"])
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        have = sorted(path.parent.name for path in Path(folder).parent.glob("*/config.json"))
-        raise UserError(f"no run {Path(folder).name!r}; there are: {', '.join(have) or 'none'}")
-
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    try:
-        config = json.loads(path.read_text())
-        model, training, data = (
-            {key: tuples(value) for key, value in config[section].items()}
-            for section in ("model", "training", "data")
-        )
-        missing = sorted(NEEDED - training.keys())
-        if missing:
-            raise ValueError(f"training has no {', '.join(missing)}")
-        return ModelConfig(**model), training, DataConfig(**data)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or of another version of this code ({error}); "
-                        "restore it, or train the run again") from None
-
-
-def defaults_used(folder):
-    """Keys that a run's config.json does not have, as it is older; their defaults are used."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return [f"{section}.{field.name}={field.default!r}"
-            for section, kind in (("model", ModelConfig), ("data", DataConfig))
-            for field in fields(kind) if field.name not in config[section]]
-
-
-def read_metrics(folder, event=None):
-    """The lines of a run's metrics.jsonl, as dicts; only those of one event if it is given."""
-    path, lines = Path(folder) / "metrics.jsonl", []
-    whole = path.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
-    for number, text in enumerate(whole, 1):
-        try:
-            line = json.loads(text)
-            if event in (None, line["event"]):
-                lines.append(line)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: line {number} is damaged; delete that line") from None
-    return lines
-
-
-def load_run(folder, precision=None, device="cpu", resume=False):
-    """Rebuild a run's model from disk: the one place that does, for evaluation and --resume.
-
-    Finished blocks come from their backups and are stored in `precision` (None: the run's own
-    quantization_type); what is still in training (a block; in `fusion_mode: trainable` all of them)
-    and what plain QLoRA trained, from checkpoint.pt in fp32.
-
-    Args:
-        folder: checkpoints/<run_id>. precision: one of quant.KINDS or None.
-        resume: also return the state that training goes on from.
-
-    Returns:
-        model, or (model, state) with resume; state is None where there is no checkpoint.pt yet, and
-        a finished run's says so.
-
-    Raises:
-        UserError for a run without weights or an unfinished run's `precision`;
-        quant.DamagedFile for a damaged backup or checkpoint.
-    """
-    folder = Path(folder)
-    config, training, _ = read_config(folder)
-    if is_pretrained(folder):
-        model = GPT.from_pretrained(folder, config)
-        try:
-            quant.freeze_block(model, 0, precision or "fp32")
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from None
-        return model.to(device)
-    kind = precision or training["quantization_type"]
-    checkpoint = folder / "checkpoint.pt"
-    state = quant.load_file(checkpoint) if checkpoint.exists() else None
-    if precision and not (state and state["finished"]):
-        raise UserError(f"run {folder.name} has not ended; finish it with --resume before asking "
-                        f"for a precision")
-    model = GPT(config, blocks=0)
-    block = 0
-    while (folder / "backup" / f"block_{block}.pt").exists():
-        if state and not state["finished"] and block >= state["backed_up"]:
-            break  # written just before a stop that lost the checkpoint after it
-        model.grow()
-        load_blocks(model, [block], quant.read_backup(folder / "backup", block), block, training)
-        quant.freeze_block(model, block, kind)
-        block += 1
-    if state and (state["blocks"] > block or state["weights"]):
-        while model.blocks < state["blocks"]:
-            model.grow()
-        unfinished = range(block, state["blocks"])
-        load_blocks(model, unfinished, state.pop("weights"), state["block"], training)
-    if not model.blocks and not resume:
-        raise UserError(f"{folder} holds no trained block yet; continue it with --resume")
-    model.to(device)
-    return (model, state) if resume else model
-
-
-def load_blocks(model, blocks, state, exit, training):
-    """Fill blocks from a backup's or checkpoint's tensors, and the adapters of `exit` if it has
-    any. Strict: UserError names the first tensor that is missing, left over or of another shape."""
-    if any("lora_" in name for name in state):
-        rank, alpha, dropout = (training[f"qlora_{key}"] for key in ("rank", "alpha", "dropout"))
-        lora.add_adapters(model, exit, rank, alpha, dropout, plain="mask_row" in state)
-    own = lora.adapter_state(model, exit)
-    for block in blocks:
-        own |= model.block_parameters(block)
-    for name in sorted(own.keys() | state.keys()):
-        if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise UserError(f"the saved tensors do not fit config.json: {name}")
-        own[name].data.copy_(state[name])
+def pretrained_config(path):
+    """What an evaluation of pretrained weights needs: gpt2.yaml, but with their sizes."""
+    found, _ = read_pretrained(path)
+    defaults = load_config()
+    model = {key: getattr(found, key) for key in ("vocab_size", "d_model", "n_layers", "n_heads")}
+    model["seq_len"] = min(found.seq_len, defaults.model.seq_len)
+    tree = defaults.tree()
+    tree["model"] |= model | {"init_from": str(path)}
+    tree["training"] |= {"mode": "standard", "time_step_masking": False,
+                         "quantization_type": "fp32", "qlora_enabled": False}
+    return load_config(stored=(path, tree))
 
 
 # ---------------------------------------------------------------------------------------------
-# Metrics
+# 2. Metrics
 
 
 def row_noise(n_rows, seq_len, seed, tag):
@@ -304,40 +453,68 @@ def nelbo_12(model, rows, seed, tick=lambda n: None):
 def nelbo(model, rows, seed, replicates=REPLICATES, tick=lambda n: None):
     """The continuous-time bound, the integral of CE(m) over (0, 1], and its standard error.
 
-    Causal: m stratified over the rows. Bidirectional: sum over masked tokens / m has infinite
-    variance near 0, so the number l of masked tokens is stratified over 1..N (N = T-1),
-    m ~ Beta(l, N-l+1) names the exit, and l positions chosen at random are scored by their mean:
-    the same integral, as C(N, l) times the integral of m^(l-1) (1-m)^(N-l) is 1 / l, so that every
-    l counts 1 / N. The standard error is over independent replicates on the same rows.
+    Causal models: m stratified over the rows. Bidirectional ones: see `both_ways`. Each m is read
+    at the exit that owns it; the error is over independent replicates on the same rows.
 
     Returns:
         (mean, standard error of the mean) in nats per token.
     """
     n_rows, seq_len = rows.shape
-    n = seq_len - 1
+    causal = model.config.attention_mode == "causal"
     estimates = []
     for replicate in range(replicates):
         rng = np.random.default_rng([seed, 1 + replicate])
         noise = row_noise(n_rows, seq_len, seed, 1 + replicate)
+        # One number of [0, 1) for each row, one in each n_rows-th of it.
         strata = torch.from_numpy((rng.permutation(n_rows) + rng.random(n_rows)) / n_rows)
-        if model.config.attention_mode == "causal":
-            m = scored_m = 1 - strata  # in (0, 1]
+        if causal:
+            m = 1 - strata  # in (0, 1]
+            by_row = score_at_owners(model, rows, m, m, noise, tick)
         else:
-            masked = (strata * n).long() + 1  # l of each row, 1..N
-            m = torch.from_numpy(rng.beta(masked, n - masked + 1))
-            # Replaced by its rank / N, exactly l numbers of a row are below (l - 1/2) / N.
-            noise[:, 0] = 2.0
-            noise = noise.argsort(1).argsort(1) / n
-            scored_m = (masked - 0.5) / n
-        total = torch.zeros(n_rows, dtype=torch.float64)
-        owners = torch.tensor([exit_of(value, model) for value in m.tolist()])
-        for block in owners.unique().tolist():
-            pick = owners == block
-            m_pick = scored_m[pick].float()
-            ce, _ = score(model, rows[pick], m_pick, block, noise[pick], tick)
-            total[pick] = ce if scored_m is m else ce * scored_m[pick] * n / masked[pick]
-        estimates.append(total.mean().item())
+            by_row = both_ways(model, rows, strata, noise, rng, tick)
+        estimates.append(by_row.mean().item())
     return float(np.mean(estimates)), float(np.std(estimates, ddof=1) / math.sqrt(replicates))
+
+
+def both_ways(model, rows, strata, noise, rng, tick):
+    """An unbiased estimate of the integral of CE(m) for each row of a bidirectional model.
+
+    Drawing m and then masks has infinite variance (a few masks, divided by a small m). With N = T-1
+    and L(S) the summed loss on the masked set S, l = |S|:
+
+        integral of CE(m) dm = sum over S of L(S) / N * integral of m^(l-1) (1-m)^(N-l) dm
+                             = sum over S of L(S) / N * B(l, N-l+1),    B(l, N-l+1) C(N, l) = 1/l
+                             = mean over l = 1..N and over the C(N, l) sets of L(S) / l
+
+    So: draw l uniformly, l positions, and take their mean loss. The exit that S belongs to depends
+    on m, whose density given l is that integrand: Beta(l, N-l+1).
+
+    Args:
+        strata: (R,) in [0, 1), from which l comes; noise: (R, T) from U[0, 1), which orders the
+            positions.
+
+    Returns:
+        (R,) nats per token.
+    """
+    n = rows.size(1) - 1  # N
+    masked = (strata * n).long() + 1  # l of each row, 1..N
+    m = torch.from_numpy(rng.beta(masked, n - masked + 1))
+    # Replaced by its rank / N, exactly l numbers of a row are below (l - 1/2) / N.
+    noise[:, 0] = 2.0
+    noise = noise.argsort(1).argsort(1) / n
+    threshold = (masked - 0.5) / n
+    ce = score_at_owners(model, rows, m, threshold, noise, tick)  # L(S) / (N threshold)
+    return ce * threshold * n / masked
+
+
+def score_at_owners(model, rows, m, threshold, noise, tick):
+    """`score` of rows (R, T) masked where noise < threshold (R,), at the exits that own m (R,)."""
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    owners = torch.tensor([exit_of(value, model) for value in m.tolist()])
+    for block in owners.unique().tolist():
+        pick = owners == block
+        total[pick], _ = score(model, rows[pick], threshold[pick].float(), block, noise[pick], tick)
+    return total
 
 
 def left_to_right(model, rows, tick=lambda n: None):
@@ -385,8 +562,28 @@ def evaluate(model, rows, seed, compute="auto"):
             "time_steps": table, "rows": len(rows)}
 
 
+# ---------------------------------------------------------------------------------------------
+# 3. The machine
+
+
+def pick_device(name):
+    """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    try:
+        if there.get(name.split(":")[0]):
+            device = torch.device(name)
+            if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
+                return device
+    except RuntimeError:  # cpu:x
+        pass
+    raise UserError(f"device {name!r} is unknown or not available here; use auto, cpu, cuda or mps")
+
+
 def memory(model, optimizer=None):
-    """Bytes that training holds, by kind, counted from the tensors themselves.
+    """What training holds, in MiB by kind, counted from the tensors themselves.
 
     Returns:
         dict of trainable, frozen, adapters, embeddings (weights), gradients, optimizer, total.
@@ -404,11 +601,12 @@ def memory(model, optimizer=None):
     if optimizer:
         states = optimizer.state.values()
         held["optimizer"] = sum(t.nbytes for s in states for t in s.values() if torch.is_tensor(t))
-    return dict(held, total=sum(held.values()))
+    held["total"] = sum(held.values())
+    return {kind: size / MIB for kind, size in held.items()}
 
 
 def memory_mib(device, reset=False):
-    """Memory in use now and its peak since the last reset: (MiB, MiB).
+    """Memory in use now and its peak since the last reset, in MiB; (None, None) where unknown.
 
     CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
     resets on request. macOS: resident memory as `ps` tells it; the peak is the largest one read.
@@ -425,8 +623,11 @@ def memory_mib(device, reset=False):
                 Path("/proc/self/clear_refs").write_text("5")
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
-    now = int(ps.stdout) / 1024
+    try:
+        ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True)
+        now = int(ps.stdout) / 1024
+    except (OSError, ValueError):  # no ps, or one without these options (Git Bash on Windows)
+        return None, None
     memory_mib.peak = now if reset else max(now, memory_mib.peak)
     return now, memory_mib.peak
 
@@ -438,7 +639,7 @@ def keep_freed_memory(return_now=False):
     zeroed, which costs a step of GPT-2 Small on a CPU 17 to 29 % (tests/benchmark.py has rows with
     and without). return_now: give back all that is free now. Does nothing where there is no glibc.
     """
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: macOS, Windows
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back ...
@@ -447,7 +648,7 @@ def keep_freed_memory(return_now=False):
 
 
 # ---------------------------------------------------------------------------------------------
-# Sampling
+# 4. Sampling
 
 
 def begin(prompt, length, encoding, config):
@@ -472,26 +673,24 @@ def begin(prompt, length, encoding, config):
         raise UserError("blanks are filled in and nothing is appended: leave --length out")
     least = 0 if before else length or 1
     if room < least:
-        raise UserError(f"the prompt has {len(ids) - 1} tokens, for {least} more the context of "
-                        f"{config.seq_len} has no room; shorten "
-                        + (f"it to {config.seq_len - 1 - least}" if least < config.seq_len - 1 else
-                           f"--length to at most {room}"))
+        raise UserError(f"the prompt ({len(ids) - 1} tokens) and what is to be written ({least}) "
+                        f"must be at most {config.seq_len - 1} tokens together")
     n_masks = 0 if before else length or min(64, room)
     return torch.tensor(ids + [config.mask_id] * n_masks)
 
 
 @torch.no_grad()
-def sample(model, x, seed=0, temperature=1.0, top_p=0.95, steps=None, order="ancestral",
-           full_depth=False, watch=lambda m, x: None):
-    """Write text at the [MASK]s of `x` by running the mask diffusion backwards.
-
-    Walks the time steps down; at each one only the blocks up to the owner of that mask fraction
-    run (depth by noise).
+def sample(model, x, order="ancestral", exit_k=None, steps=None, temperature=1.0, top_p=0.95,
+           seed=0, watch=lambda m, x: None):  # fmt: skip
+    """Write text at the [MASK]s of `x`.
 
     Args:
-        x: (T,) token ids as from `begin`. steps: ascending mask fractions (None: the model's own).
-        order: ancestral, or confidence: the surest predictions first, as many as the schedule says.
-        full_depth: read the last exit at every step instead.
+        x: (T,) token ids as from `begin`.
+        order: ancestral (the reverse process of the bound); confidence (the surest predictions
+            first, as many as the schedule says); left-to-right (one token after another).
+        exit_k: the exit to read. None: depth by noise, at each mask fraction only the blocks up to
+            its owner run; left to right, the last exit.
+        steps: number of even time steps (None: the model's own). Not used left to right.
         watch: called with the mask fraction and the ids (T,), at the start and after each step.
 
     Returns:
@@ -499,39 +698,33 @@ def sample(model, x, seed=0, temperature=1.0, top_p=0.95, steps=None, order="anc
     """
     config, device = model.config, model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    x = x[None].to(device)  # (1, T)
-    n_masks = int((x == config.mask_id).sum())
-    steps = [0.0, *(steps or config.time_step_mask_fractions)]
+    draw = (temperature, top_p, generator)
+    x = x[None].to(device, copy=True)  # (1, T)
+    masks = (x[0] == config.mask_id).nonzero().flatten().tolist()
     layers = 0
     watch(1.0, x[0])
-    for m_t, m_s in itertools.pairwise(reversed(steps)):
-        block = model.blocks - 1 if full_depth else exit_of(m_t, model)
-        how = (block, temperature, top_p, generator)
+    if order == "left-to-right":
+        block = model.blocks - 1 if exit_k is None else exit_k
+        for done, i in enumerate(masks, 1):
+            logits = model.head(model.hidden(x[:, :i], block)[:, -1])  # (1, V)
+            x[0, i] = sample_tokens(logits, *draw)
+            layers += (block + 1) * config.block_size
+            watch(1 - done / len(masks), x[0])
+        return x[0], layers
+    fractions = config.time_step_mask_fractions
+    if steps is not None:
+        fractions = [(i + 1) / steps for i in range(steps)]
+    for m_t, m_s in itertools.pairwise(reversed([0.0, *fractions])):
+        block = exit_of(m_t, model) if exit_k is None else exit_k
         if order == "confidence":
-            x_s = confident_step(model, x, round(m_s * n_masks), *how)
+            x_s = confident_step(model, x, round(m_s * len(masks)), block, *draw)
         else:
-            x_s = reverse_step(model, x, m_t, m_s, *how)
+            x_s = reverse_step(model, x, m_t, m_s, block, *draw)
         # Where a step had nothing to reveal, no layer ran.
         layers += 0 if torch.equal(x_s, x) else (block + 1) * config.block_size
         x = x_s
         watch(m_s, x[0])
     return x[0], layers
-
-
-@torch.no_grad()
-def sample_left_to_right(model, x, block=None, seed=0, temperature=1.0, top_p=0.95):
-    """Write the [MASK]s at the end of `x` (T,) one after another from a causal model's exit.
-
-    Returns (T,) token ids and the number of layer evaluations.
-    """
-    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    x = x[None].to(model.wte.weight.device, copy=True)  # (1, T)
-    block = model.blocks - 1 if block is None else block
-    masks = (x[0] == model.config.mask_id).nonzero().flatten().tolist()
-    for i in masks:
-        logits = model.head(model.hidden(x[:, :i], block)[:, -1])  # (1, V)
-        x[0, i] = sample_tokens(logits, temperature, top_p, generator)
-    return x[0], len(masks) * (block + 1) * model.config.block_size
 
 
 # Colours of the 256-colour cube from red to blue, one per time step.
@@ -571,134 +764,206 @@ def watcher(encoding, mask_id):
     return watch
 
 
-def even_steps(n):
-    """n mask fractions evenly spaced over (0, 1]; None for n None."""
-    return n and [(i + 1) / n for i in range(n)]
+def sample_text(model, training, prompt="", length=None, order=None, watch=False, say=print, **how):
+    """One sample as text. order None: the way the run was trained, by diffusion or left to right.
 
-
-def sample_text(model, encoding, training, prompt="", length=None, left_to_right=None, steps=None,
-                watch=False, say=print, **how):
-    """One sample as text, in the way the run was trained: by diffusion, or left to right.
-
-    left_to_right: the exit to read (-1: the last), or None. watch: print every time step.
-    how: seed, temperature, top_p, order, as for `sample`.
+    how: exit_k, steps, temperature, top_p, seed, as for `sample`; watch: print every time step.
     """
-    config, x = model.config, begin(prompt, length, encoding, model.config)
-    causal, masked = config.attention_mode == "causal", training["time_step_masking"]
-    blanks = re.search("_{4,}", prompt)
-    if left_to_right is None and not (masked or blanks or steps or watch or "order" in how):
-        left_to_right = -1
-    if left_to_right is not None:
-        if not causal or blanks or watch or steps or "order" in how:
-            raise UserError("left to right needs a causal model and a prompt without blanks, and "
-                            "has no --order, --steps or --watch")
-    elif not masked:
+    config, masked = model.config, training.time_step_masking
+    encoding, causal = tokenizer(config.vocab_size), config.attention_mode == "causal"
+    x = begin(prompt, length, encoding, config)
+    order = order or ("ancestral" if masked else "left-to-right")
+    if order == "left-to-right" and (not causal or how.get("steps")):
+        raise UserError("left to right needs a causal model, and has no time steps")
+    if how.get("exit_k") is not None and how["exit_k"] >= model.blocks:
+        raise UserError(f"exit {how['exit_k']} does not exist; there are 0 to {model.blocks - 1}")
+    if order != "left-to-right" and not masked:
         say("note: trained without masks: [MASK] is new to this model")
-    if blanks and causal:
+    if re.search("_{4,}", prompt) and causal:
         say("note: a causal model sees only what stands left of a blank")
-    device = model.wte.weight.device
-    dtype = compute_type(device, training["compute_type"])
+    dtype = compute_type(model.wte.weight.device, training.compute_type)
     model = expand(model, dtype)
-    with autocast(device, dtype):
-        if left_to_right is not None:
-            ids, _ = sample_left_to_right(model, x, left_to_right % model.blocks, **how)
-        else:
-            show = {"watch": watcher(encoding, config.mask_id)} if watch else {}
-            ids, _ = sample(model, x, steps=even_steps(steps), **show, **how)
+    if watch:
+        how["watch"] = watcher(encoding, config.mask_id)
+    with autocast(model.wte.weight.device, dtype):
+        ids, _ = sample(model, x, order, **how)
     return encoding.decode(ids[1:].tolist())
 
 
 # ---------------------------------------------------------------------------------------------
-# The report
+# 5. Tables
 
 
-def report(folder, model, full=False, precision=None, say=print):
-    """Evaluate a run and print its tables and one sample.
+def cell(value, spec):
+    """A value as text: "-" for None, a list as its items."""
+    if isinstance(value, list):
+        return " ".join(cell(item, spec) for item in value)
+    return "-" if value is None else format(value, spec)
+
+
+def print_table(columns, rows, say=print):
+    """Print dicts as a table; columns is {key: format}. Text stands left, numbers right."""
+    lines = [[*columns]]
+    lines += [[cell(row.get(key), spec) for key, spec in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    sides = ["<" if spec in ("", "s") else ">" for spec in columns.values()]
+    for line in lines:
+        say("  ".join(f"{text:{side}{width}}"
+                      for text, side, width in zip(line, sides, widths)).rstrip())  # fmt: skip
+
+
+def report(run, model, full=False, precision=None, path=None, say=print):
+    """Evaluate a run: write its figures to `path` (None: eval.json), print tables and a sample.
 
     Args:
-        folder: checkpoints/<run_id>; model: from `load_run`.
-        full: score every validation row instead of ROWS of them.
+        model: from `run.load`; full: score every validation row instead of ROWS of them.
 
     Returns:
-        the dict that eval.json holds (its keys are listed in README.md, section Monitoring).
+        the figures (its keys are listed in README.md, section Monitoring).
     """
-    config, training, data = read_config(folder)
-    tokens = load_tokens(data, "val", config.vocab_size)
-    encoding = tokenizer(config.vocab_size, data.folder)
-    rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
-    stages = read_metrics(folder, "stage")  # damage is told now, not after minutes of scoring
-    result = evaluate(model, rows, training["seed"], training["compute_type"])
-    train_tokens = load_tokens(data, "train", config.vocab_size)
-    bytes_per_token, words_per_token = units_of(rows, encoding)
-    best = result["left_to_right"] and min(result["left_to_right"])
+    config, training = run.config.model, run.config.training
+    train, val = run.tokens()
+    rows = validation_rows(val, config.seq_len, None if full else ROWS)
+    stages = run.metrics("stage")  # damage is told now, not after minutes of scoring
+    result = evaluate(model, rows, training.seed, training.compute_type)
+    bytes_per_token, words_per_token = units_of(rows, tokenizer(config.vocab_size))
+    unigram = unigram_entropy(train, rows[:, 1:], config.vocab_size)
+    exits = result["left_to_right"] or []
+    losses = [("nelbo_12: bound over the time steps", result["nelbo_12"], None)]
+    losses += [("nelbo: continuous bound", result["nelbo"], result["nelbo_stderr"])]
+    losses += [(f"left to right, exit {k}", nats, None) for k, nats in enumerate(exits)]
+    losses += [("unigram: what ignoring the context gets", unigram, None)]
+
+    def bits_per_byte(nats):
+        return nats / math.log(2) / bytes_per_token
+
     result |= {
-        "unigram": unigram_entropy(train_tokens, rows[:, 1:], config.vocab_size),
-        "bits_per_byte": {
-            "nelbo": result["nelbo"] / math.log(2) / bytes_per_token,
-            "left_to_right": best and best / math.log(2) / bytes_per_token,
-        },
-        "perplexity": math.exp(result["nelbo"]),
-        "perplexity_per_word": math.exp(min(result["nelbo"] / words_per_token, 700)),
-        "precision": precision or training["quantization_type"],
+        "unigram": unigram,
+        "losses": [{"loss": name, "nats_per_token": nats, "stderr": error,
+                    "perplexity": math.exp(nats),
+                    "perplexity_per_word": math.exp(min(nats / words_per_token, 700)),
+                    "bits_per_byte": bits_per_byte(nats)} for name, nats, error in losses],
+        "bits_per_byte": {"nelbo": bits_per_byte(result["nelbo"]),
+                          "left_to_right": bits_per_byte(min(exits)) if exits else None},
+        "precision": precision or training.quantization_type,
         "memory": {"weights": memory(model), "stages": stages},
         "train_seconds": sum(stage["seconds"] for stage in stages),
         "train_tokens": sum(stage["tokens"] for stage in stages),
-        "config": {"model": asdict(config), "training": training, "data": asdict(data)},
-    }
+        "config": run.config.tree(),
+    }  # fmt: skip
+    path = Path(path or run.folder / "eval.json")
+    write_json(path, result)
     if model.blocks < config.total_blocks:
         say(f"\nnote: training has not ended; only exits 0 to {model.blocks - 1} exist, and the "
             f"heavier mask fractions are read at the last of them")
-    print_report(folder, result, say)
+    print_report(run, result, say)
     say("\nsample:")
-    say(sample_text(model, encoding, training, seed=training["seed"]).strip())
+    say(sample_text(model, training, seed=training.seed).strip())
+    say(f"\nwritten to {path}")
     return result
 
 
-def print_report(folder, result, say=print):
-    """The tables of an evaluation, for people."""
-    training = result["config"]["training"]
-    name = f'{Path(folder).name} ({training["mode"]}'
-    name += f', {training["fusion_mode"]})' if training["mode"] == "fused" else ")"
-    say(f'\n{name}, weights in {result["precision"]}, {result["rows"]} validation rows')
-    say("\nmask fraction  block  layers  cross-entropy  accuracy")
-    for step in result["time_steps"]:
-        say(f'{step["mask_fraction"]:13.2f}  {step["block"]:5d}  {step["layers"]:6d}  '
-            f'{step["cross_entropy"]:13.3f}  {step["accuracy"]:8.1%}')
-    lines = [("bound over the time steps (NELBO_12)", result["nelbo_12"])]
-    lines.append((f'continuous bound (NELBO), +- {result["nelbo_stderr"]:.4f}', result["nelbo"]))
-    for block, ce in enumerate(result["left_to_right"] or []):
-        lines.append((f"left to right, exit {block}", ce))
-    lines.append(("what ignoring the context gets (unigram)", result["unigram"]))
-    say(f'\n{"":40s}  nats/token  perplexity')
-    for label, nats in lines:
-        say(f"{label:40s}  {nats:10.3f}  {math.exp(nats):10.1f}")
+STAGE_COLUMNS = {"stage": "d", "steps": "d", "seconds": ".0f", "tokens_per_second": ",.0f",
+                 "weights_mib": ".1f", "gradients_mib": ".1f", "optimizer_mib": ".1f",
+                 "held_mib": ".0f", "standard_mib": ".0f", "peak_mib": ".0f"}  # fmt: skip
+
+
+def print_report(run, result, say=print):
+    """The tables of an evaluation."""
+    training = run.config.training
+    say(f"\n{run.name} ({kind_of_run(run.config)}), weights in {result['precision']}, "
+        f"{result['rows']} validation rows\n")
+    print_table({"mask_fraction": ".2f", "block": "d", "layers": "d", "cross_entropy": ".3f",
+                 "accuracy": ".1%"}, result["time_steps"], say)  # fmt: skip
+    say()
+    print_table({"loss": "", "nats_per_token": ".3f", "stderr": ".4f", "perplexity": ".1f",
+                 "bits_per_byte": ".3f"}, result["losses"], say)
     if result["left_to_right"] is None:
         say("left to right is not defined for a bidirectional model")
-    if not training["time_step_masking"]:
+    if not training.time_step_masking:
         say("trained without masks: [MASK] is new to it, so only left to right is its own ground")
-    bits = result["bits_per_byte"]
-    say(f'bits per byte: {bits["nelbo"]:.3f} by the continuous bound'
-        + (f', {bits["left_to_right"]:.3f} left to right' if bits["left_to_right"] else ""))
-    held = result["memory"]["weights"]
-    parts = ", ".join(f"{kind} {held[kind] / MIB:.1f}" for kind in held
-                      if held[kind] and kind != "total")
-    say(f'weights {held["total"] / MIB:.1f} MiB: {parts}')
+    say("\nweights, MiB:")
+    print_table(dict.fromkeys(("trainable", "frozen", "adapters", "embeddings", "total"), ".1f"),
+                [result["memory"]["weights"]], say)  # fmt: skip
     stages = result["memory"]["stages"]
-    if not stages:
-        return
-    say("\ntraining by stage; memory in MiB; `all` is what is held, in brackets by mode standard;")
-    say("`peak` is the whole process, activations and libraries included (on a GPU: its tensors)")
-    say("stage  block  steps  seconds  tokens/s  weights  gradients  optimizer  all (std)     peak")
-    for s in stages:
-        mib = {kind: value / MIB for kind, value in s["held"].items()}
-        weights = mib["total"] - mib["gradients"] - mib["optimizer"]
-        say(f'{s["stage"] + 1:5d}  {s["block"]:5d}  {s["step"]:5d}  {s["seconds"]:7.0f}  '
-            f'{s["tokens"] / s["seconds"]:8,.0f}  {weights:7.1f}  {mib["gradients"]:9.1f}  '
-            f'{mib["optimizer"]:9.1f}  {mib["total"]:5.0f} ({s["standard_bytes"] / MIB:.0f})'
-            f'  {s["peak_mib"]:6.0f}')
-    say(f'whole run: {result["train_seconds"]:.0f} s of training, at most '
-        f'{max(s["held"]["total"] for s in stages) / MIB:.0f} MiB held, peak '
-        f'{max(s["peak_mib"] for s in stages):.0f} MiB')
+    if stages:
+        say("\ntraining: held is weights, gradients and optimizer state, standard what mode "
+            "standard would hold;\npeak is the whole process, activations and libraries included "
+            "(on a GPU: its tensors)")
+        print_table(STAGE_COLUMNS, stages, say)
+        say(f"whole run: {result['train_seconds']:.0f} s of training")
+
+
+def kind_of_run(config):
+    """A few words on how a run was trained."""
+    training, fused = config.training, config.training.mode == "fused"
+    if not fused and training.qlora_enabled and config.model.init_from != "scratch":
+        return "plain QLoRA"
+    if not training.time_step_masking:
+        return "next-token"
+    return f"fused, {training.fusion_mode}" if fused else "end-to-end diffusion"
+
+
+def compare(runs):
+    """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
+    rows, scored = [], set()
+    for run in runs:
+        result, data = run.evaluation(), run.config.data
+        model, training = run.config.model, run.config.training
+        scored.add((run.tokens_sha256, model.vocab_size, model.seq_len, result["rows"],
+                    data.num_examples))
+        stages, exits = result["memory"]["stages"], result["left_to_right"]
+        row = {
+            "run": run.name, "trained": kind_of_run(run.config),
+            "train_seconds": result["train_seconds"], "train_tokens": result["train_tokens"],
+            "held_mib": max((stage["held_mib"] for stage in stages), default=None),
+            "peak_mib": max((stage["peak_mib"] or 0 for stage in stages), default=0) or None,
+            "left_to_right": min(exits) if exits else None,
+            "bits_left_to_right": result["bits_per_byte"]["left_to_right"],
+        }  # fmt: skip
+        if training.time_step_masking:  # else [MASK] is new to it, and its bound says nothing
+            row |= {"nelbo_12": result["nelbo_12"], "nelbo": result["nelbo"],
+                    "bits_nelbo": result["bits_per_byte"]["nelbo"]}  # fmt: skip
+        rows.append(row)
+    print_table({"run": "", "trained": "", "train_seconds": ",.0f", "train_tokens": ",",
+                 "held_mib": ",.0f", "peak_mib": ",.0f", "nelbo_12": ".3f", "nelbo": ".3f",
+                 "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
+    print("left_to_right is that of the best exit; bits are per byte of text")
+    if len(scored) > 1:
+        print("note: these runs were scored on different rows or vocabularies: only their bits per "
+              "byte can be compared")
+
+
+def precision_table(run, device, full=False):
+    """A run in every storage: a list of dicts, printed as a table.
+
+    fp32 is the reference. What was trained without masks is judged left to right.
+    """
+    config, training = run.config.model, run.config.training
+    rows = validation_rows(run.tokens()[1], config.seq_len, None if full else ROWS)
+    masked, table = training.time_step_masking, []
+    for kind in quant.KINDS:
+        model = run.load(kind, device).eval()
+        linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
+        exact = linears if kind == "fp32" else exact  # fp32 is the first of quant.KINDS
+        stored = sum(linear.nbytes for linear in linears)
+        count = sum(linear.in_features * linear.out_features for linear in linears)
+        row = {"storage": kind, "layers_mib": stored / MIB, "bits_per_weight": 8 * stored / count,
+               "signal_to_noise_db": signal_to_noise(linears, exact),
+               "weights_mib": memory(model)["total"]}  # fmt: skip
+        dtype = compute_type(device, training.compute_type)
+        model = expand(model, dtype)
+        with autocast(device, dtype):
+            row["left_to_right"] = exits = left_to_right(model, rows)
+            row["nelbo_12"] = nelbo_12(model, rows, training.seed)[0] if masked else None
+        nats = row["nelbo_12"] if masked else min(exits)
+        reference = nats if kind == "fp32" else reference
+        table.append(row | {"to_fp32": nats - reference, "perplexity": math.exp(nats)})
+    print(f"{run.name}, {len(rows)} validation rows; left_to_right: exits 0, 1, ...\n")
+    print_table({"storage": "", "layers_mib": ".1f", "bits_per_weight": ".3f",
+                 "signal_to_noise_db": ".2f", "weights_mib": ".1f", "nelbo_12": ".4f",
+                 "perplexity": ".1f", "to_fp32": "+.4f", "left_to_right": ".4f"}, table)
+    return table
 
 
 def signal_to_noise(linears, exact):
@@ -709,105 +974,11 @@ def signal_to_noise(linears, exact):
     return 10 * math.log10(signal / noise) if noise else None
 
 
-def precision_table(folder, device, full=False):
-    """A run, or pretrained weights, in every storage: {kind: figures}, printed as a table.
-
-    fp32 is the reference. What was trained without masks is judged left to right.
-    """
-    config, training, data = read_config(folder)
-    tokens = load_tokens(data, "val", config.vocab_size)
-    rows = validation_rows(tokens, config.seq_len, None if full else ROWS)
-    table = {}
-    print(f"{Path(folder).name}, {len(rows)} validation rows\n")
-    masked = training["time_step_masking"]
-    name = "NELBO_12" if masked else "best l2r"
-    print(f"storage  layers MiB  bits/weight     dB  all MiB  {name}  perplexity   to fp32  "
-          "left to right (l2r), exits 0, 1, ...")
-    for kind in quant.KINDS:
-        model = load_run(folder, kind, device).eval()
-        linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
-        stored = sum(linear.nbytes for linear in linears)
-        count = sum(linear.in_features * linear.out_features for linear in linears)
-        exact = linears if kind == "fp32" else exact  # fp32 is the first of quant.KINDS
-        db = signal_to_noise(linears, exact)
-        held = memory(model)["total"]
-        dtype = compute_type(device, training["compute_type"])
-        model = expand(model, dtype)
-        with autocast(device, dtype):
-            exits = left_to_right(model, rows)
-            bound = nelbo_12(model, rows, training["seed"])[0] if masked else None
-        nats = bound if masked else min(exits)
-        reference = nats if kind == "fp32" else reference
-        table[kind] = {"linear_bytes": stored, "bits_per_weight": 8 * stored / count,
-                       "signal_to_noise_db": db, "bytes": held,
-                       "nelbo_12": bound, "left_to_right": exits, "to_fp32": nats - reference}
-        print(f"{kind:7s}  {stored / MIB:10.1f}  {8 * stored / count:11.3f}  "
-              f"{f'{db:.2f}' if db else 'exact':>5s}  "
-              f'{table[kind]["bytes"] / MIB:7.1f}  {nats:8.4f}  {math.exp(nats):10.1f}  '
-              f'{round(nats - reference, 4) + 0.0:+8.4f}  '
-              + " ".join(f"{ce:.4f}" for ce in exits or []), flush=True)
-    return table
-
-
-def kind_of_run(config, training):
-    """A few words on how a run was trained."""
-    fused = training["mode"] == "fused"
-    if not fused and training["qlora_enabled"] and config.init_from != "scratch":
-        return "plain QLoRA"
-    if not training["time_step_masking"]:
-        return "next-token"
-    return f'fused, {training["fusion_mode"]}' if fused else "end-to-end diffusion"
-
-
-def read_evaluation(folder):
-    """A run's eval.json. UserError where it is missing or damaged."""
-    path = Path(folder) / "eval.json"
-    again = f"python evaluate_gpt2.py --run {path.parent.name}"
-    if not path.exists():
-        raise UserError(f"{path} is missing; {again}")
-    with contextlib.suppress(AttributeError, ValueError):
-        result = json.loads(path.read_text())
-        if {"nelbo_12", "nelbo", "left_to_right", "bits_per_byte", "memory", "train_tokens",
-            "train_seconds", "rows"} <= result.keys():
-            return result
-    raise UserError(f"{path} is damaged or of another version; {again}")
-
-
-def compare(folders):
-    """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
-    def column(value, width, digits):
-        return f'{"-" if value is None else format(value, f",.{digits}f"):>{width}s}'
-
-    runs = [(Path(folder), *read_config(folder), read_evaluation(folder)) for folder in folders]
-    print(f'{"":54s}MiB{"":23s}left to right  bits per byte')
-    print("run               trained                seconds      tokens   held   peak  "
-          "NELBO_12   NELBO    best exit  bound    l. to r.")
-    scored = set()
-    for folder, config, training, data, result in runs:
-        text = json.loads((folder / "config.json").read_text()).get("tokens_sha256")
-        scored.add((text, config.vocab_size, config.seq_len, result["rows"], data.num_examples))
-        stages, bits = result["memory"]["stages"], result["bits_per_byte"]
-        held = max((stage["held"]["total"] / MIB for stage in stages), default=None)
-        peak = max((stage["peak_mib"] for stage in stages), default=None)
-        # [MASK] is new to a model trained without it: its bound says nothing.
-        bound = bool(training["time_step_masking"]) or None
-        best = result["left_to_right"] and min(result["left_to_right"])
-        print(f'{folder.name:16s}  {kind_of_run(config, training):20s}'
-              + column(result["train_seconds"], 10, 0) + column(result["train_tokens"], 12, 0)
-              + column(held, 7, 0) + column(peak, 7, 0)
-              + column(bound and result["nelbo_12"], 10, 3)
-              + column(bound and result["nelbo"], 8, 3) + column(best, 13, 3)
-              + column(bound and bits["nelbo"], 7, 3) + column(bits["left_to_right"], 12, 3))
-    if len(scored) > 1:
-        print("note: these runs were scored on different rows or vocabularies: only their bits per "
-              "byte can be compared")
-
-
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# 6. Pictures
 
 
-def plot(folders, target, device):
+def plot(runs, target, device):
     """Write loss.png, cross_entropy.png and memory.png of one or more runs into folder `target`.
 
     The cross-entropies are computed here: every exit at every time step, on PLOT_ROWS rows.
@@ -816,7 +987,7 @@ def plot(folders, target, device):
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -828,47 +999,47 @@ def plot(folders, target, device):
                 ("memory", plot_memory))
     for name, draw in pictures:
         figure, axes = plt.subplots()
-        draw(axes, [Path(folder) for folder in folders], device)
+        draw(axes, runs, device)
         figure.savefig(Path(target) / f"{name}.png")
         plt.close(figure)
         print(f"written to {Path(target) / name}.png")
 
 
-def plot_loss(axes, folders, device):
+def plot_loss(axes, runs, device):
     """Training loss over steps, dashed the validation loss of the stage's own time steps; a dotted
     line where a stage begins, named if there is one run."""
-    for index, folder in enumerate(folders):
-        done, colour = 0, f"C{index}"
-        metrics = read_metrics(folder)
-        for stage in [line for line in metrics if line["event"] == "plan"][-1]["stages"]:
+    for index, run in enumerate(runs):
+        done, colour, metrics = 0, f"C{index}", run.metrics()
+        if not run.metrics("plan"):
+            raise UserError(f"run {run.name} was not trained here: it has no losses to draw")
+        for stage in run.metrics("plan")[-1]["stages"]:
             for event, loss, style in (("step", "loss", {"linewidth": 1, "alpha": 0.5}),
                                        ("validation", "cross_entropy", {"linestyle": "--"})):
                 lines = [line for line in metrics
-                         if line["event"] == event and line["stage"] == stage["index"]]
-                named = event == "step" and not stage["index"]
+                         if line["event"] == event and line["stage"] == stage["block"]]
+                named = event == "step" and not stage["block"]
                 axes.plot([done + line["step"] for line in lines], [line[loss] for line in lines],
-                          color=colour, label=folder.name if named else None, marker=".",
+                          color=colour, label=run.name if named else None, marker=".",
                           markevery=max(1, len(lines) // 30), **style)
-            if len(folders) == 1 or stage["index"]:
+            if len(runs) == 1 or stage["block"]:
                 axes.axvline(done, color=colour, linestyle=":")
-            if len(folders) == 1:
+            if len(runs) == 1:
                 m = stage["time_steps"]
-                axes.text(done, 1.01, f' stage {stage["index"] + 1}: m {m[0]:g} to {m[-1]:g}',
+                axes.text(done, 1.01, f' stage {stage["block"]}: m {m[0]:g} to {m[-1]:g}',
                           transform=axes.get_xaxis_transform(), fontsize=11)
             done += stage["steps"]
     axes.set(xlabel="step", ylabel="nats per scored token; dashed: validation")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
 
-def plot_cross_entropy(axes, folders, device):
+def plot_cross_entropy(axes, runs, device):
     """CE(m) of every exit, also outside its own band; solid where the exit owns m."""
-    for index, folder in enumerate(folders):
-        config, training, data = read_config(folder)
-        dtype = compute_type(device, training["compute_type"])
-        model = expand(load_run(folder, device=device), dtype)
-        tokens = load_tokens(data, "val", config.vocab_size)
-        rows = validation_rows(tokens, config.seq_len, PLOT_ROWS)
-        noise = row_noise(len(rows), config.seq_len, training["seed"], tag=0)
+    for index, run in enumerate(runs):
+        config, training = run.config.model, run.config.training
+        dtype = compute_type(device, training.compute_type)
+        model = expand(run.load(device=device), dtype)
+        rows = validation_rows(run.tokens()[1], config.seq_len, PLOT_ROWS)
+        noise = row_noise(len(rows), config.seq_len, training.seed, tag=0)
         steps = sorted({*config.time_step_mask_fractions, 1.0})
         steps = [0.0] * (config.attention_mode == "causal") + steps
         for block in range(model.blocks):
@@ -876,35 +1047,32 @@ def plot_cross_entropy(axes, folders, device):
                 ce = [score(model, rows, torch.full((len(rows),), m), block, noise)[0].mean()
                       for m in steps]
             own = [m > 0 and exit_of(m, model) == block for m in steps]
-            colour = f"C{index if len(folders) > 1 else block}"
+            colour = f"C{index if len(runs) > 1 else block}"
             axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
             axes.plot(*zip(*[point for point, mine in zip(zip(steps, ce), own) if mine]),
                       color=colour, marker="os^Dv"[block % 5],
-                      label=f"{folder.name}, exit {block}" if model.blocks > 1 else folder.name)
+                      label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
     axes.set_title(f"{PLOT_ROWS} validation rows; marked where the exit owns m", fontsize=12)
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
 
-def plot_memory(axes, folders, device):
+def plot_memory(axes, runs, device):
     """What training holds at each stage, in bars; a line at what `mode: standard` would hold."""
     labels, top = [], 0
-    for folder in folders:
-        first = len(labels)
-        stages = read_metrics(folder, "stage")
+    for run in runs:
+        first, stages = len(labels), run.metrics("stage")
         for stage in stages:
-            held = {kind: value / MIB for kind, value in stage["held"].items()}
-            parts = {"gradients": held["gradients"], "optimizer": held["optimizer"]}
-            parts = {"weights": held["total"] - sum(parts.values())} | parts
             bottom = 0
-            for colour, (kind, value) in enumerate(parts.items()):
+            for colour, kind in enumerate(("weights", "gradients", "optimizer")):
+                value = stage[f"{kind}_mib"]
                 axes.bar(len(labels), value, 0.6, bottom, color=f"C{colour}",
                          label=None if labels else kind)
                 bottom += value
-            labels.append(f'{folder.name}\nstage {stage["stage"] + 1}')
-            top = max(top, bottom, stage["standard_bytes"] / MIB)
+            labels.append(f"{run.name}\nstage {stage['stage']}")
+            top = max(top, bottom, stage["standard_mib"])
         if stages:
-            axes.hlines(stages[0]["standard_bytes"] / MIB, first - 0.45, len(labels) - 0.55,
+            axes.hlines(stages[0]["standard_mib"], first - 0.45, len(labels) - 0.55,
                         "black", "dashed", label=None if first else "mode: standard")
     axes.set_xticks(range(len(labels)), labels, fontsize=11)
     axes.set(ylabel="held by training, MiB", ylim=(0, 1.05 * top or 1))
@@ -913,149 +1081,130 @@ def plot_memory(axes, folders, device):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command
+# 7. The commands
 
 
-def export(folder, target, precision=None):
-    """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
-    the layout cannot hold it, or `target` holds something already."""
-    if precision == "all" or (Path(target) / "config.json").exists():
-        raise UserError(f"--export writes one precision, into a new folder; {target} holds a model "
-                        f"or run already, or --precision is all")
-    model = load_run(folder, precision)
-    exit, dtype = model.blocks - 1, torch.float16 if precision == "fp16" else torch.float32
-    try:
-        lora.merge(model, exit).save_pretrained(target, dtype=dtype)
-    except ValueError as error:
-        raise UserError(f"cannot export {folder}: {error}") from None
-    lost = f"exits 0 to {exit - 1} and the [MASK] row" if exit else "the [MASK] row"
-    print(f"exit {exit} of {folder} written to {target}; lost: {lost}, so it is an ordinary GPT-2")
+def number(kind, least, most=math.inf):
+    """For argparse: a number of the command line, from least to most."""
+
+    def parse(text):
+        if not least <= kind(text) <= most:
+            rule = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"must be {rule}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def pick_device(name):
-    """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
-    try:
-        if there.get(name.split(":")[0]):
-            device = torch.device(name)
-            if device.type != "cuda" or (device.index or 0) < torch.cuda.device_count():
-                return device
-    except RuntimeError:  # cpu:x
-        pass
-    raise UserError(f"device {name!r} is unknown or not available here; use auto, cpu, cuda or mps")
-
-
-SAMPLING = ("prompt", "length", "steps", "order", "temperature", "top_p", "seed", "left_to_right",
-            "watch")
-
-# What an option that evaluates nothing would have to ignore.
-WITHOUT = {"compare": ("run", "export", "full", "json", "precision"),
-           "plot": ("export", "full", "json", "precision"), "export": ("full", "json")}
+# What the first edition called them.
+MOVED = {"--precision all": "precision", "--prompt": "sample PROMPT", "--plot": "plot RUN ...",
+         "--compare": "compare RUN ...", "--export": "export FOLDER", "--folder": "--run PATH",
+         "--left-to-right": "sample --order left-to-right", "--watch": "sample --watch"}
 
 
 def parse(argv):
-    """The command line. UserError for numbers out of range, and for what does not go together."""
-    parser = argparse.ArgumentParser(description="Evaluate a run: tables, a sample, eval.json.")
-    parser.add_argument("--run", metavar="RUN_ID", help="default: the newest run; with --precision "
-                        "all also a path to weights in Hugging Face's GPT-2 layout")
-    parser.add_argument("--folder", default="checkpoints", help="where the runs are")
-    parser.add_argument("--precision", choices=[*quant.KINDS, "all"],
-                        help="rebuild the run in this storage; all: a table of every one")
-    parser.add_argument("--export", metavar="FOLDER", help="write the last exit, adapters merged, "
-                        "in Hugging Face's GPT-2 layout, fp32 (with --precision fp16: fp16)")
-    parser.add_argument("--compare", nargs="+", metavar="RUN_ID", help="runs side by side")
-    parser.add_argument("--plot", nargs="?", const="", metavar="FOLDER",
-                        help="write pictures, of the runs of --compare if given")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--full", action="store_true", help="score every validation row")
-    parser.add_argument("--json", metavar="PATH", help="where to write the figures")
-    group = parser.add_argument_group("sampling (with one of these nothing is evaluated)")
-    group.add_argument("--prompt", metavar="TEXT", help="text to go on from; each ____ in it is a "
-                       "blank of one token to fill in")
-    group.add_argument("--length", type=int, metavar="N", help="tokens to write (64)")
-    group.add_argument("--steps", type=int, metavar="N", help="even time steps (the run's own)")
-    group.add_argument("--order", choices=("ancestral", "confidence"))
-    group.add_argument("--temperature", type=float, metavar="X", help="0: the likeliest (1)")
-    group.add_argument("--top-p", type=float, metavar="P", help="share of probability kept (0.95)")
-    group.add_argument("--seed", type=int, metavar="N")
-    group.add_argument("--left-to-right", type=int, nargs="?", const=-1, metavar="EXIT",
-                       help="token after token, from this exit of a causal model (the last)")
-    group.add_argument("--watch", action="store_true", default=None, help="show every time step")
-    args = parser.parse_args(argv)
-    check_ranges(args)
-    args.how = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-    if args.how and (args.precision == "all" or args.compare or args.export or args.full
-                     or args.json or args.plot is not None):
-        raise UserError("to sample, name one run with --run and one precision, and nothing else")
-    for what, unused in WITHOUT.items():
-        for name in unused if getattr(args, what) is not None else ():
-            if getattr(args, name):
-                raise UserError(f"--{name} means nothing to --{what}; leave one of them out")
-    return args
+    """The command line; `report` where no command is named."""
+    parser = Parser(description="Evaluate runs.", epilog="Without a command: report. A RUN is a "
+                    "name in checkpoints/ or a path, also to weights in Hugging Face's layout.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name, does, run=True):
+        sub = commands.add_parser(name, help=does, description=does)
+        if run:
+            sub.add_argument("--run", help="default: the newest")
+        if name not in ("compare", "export"):
+            sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        return sub
+
+    sub = command("report", "evaluate a run: tables, a sample, eval.json (what is done by default)")
+    sub.add_argument("--precision", choices=quant.KINDS, help="rebuild the run in this storage")
+    sub.add_argument("--full", action="store_true", help="score every validation row, not 100")
+    sub.add_argument("--json", metavar="PATH", help="where to write the figures")
+    sub = command("sample", "write text")
+    sub.add_argument("prompt", nargs="?", default="", help="text to go on from; each ____ in it is "
+                     "a blank of one token to fill in")
+    sub.add_argument("--order", choices=("ancestral", "confidence", "left-to-right"),
+                     help="default: ancestral, or the way the run was trained")
+    sub.add_argument("--exit", dest="exit_k", type=number(int, 0), metavar="K",
+                     help="default: by noise; left to right, the last")
+    sub.add_argument("--length", type=number(int, 1), metavar="N", help="tokens to write (64)")
+    sub.add_argument("--steps", type=number(int, 1, 10_000), metavar="N",
+                     help="even time steps (the run's own)")
+    sub.add_argument("--temperature", type=number(float, 0, 1e6), default=1.0, metavar="X",
+                     help="0: the likeliest (1)")
+    sub.add_argument("--top-p", type=number(float, 1e-9, 1), default=0.95, metavar="P",
+                     help="share of probability kept (0.95)")
+    sub.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N")
+    sub.add_argument("--watch", action="store_true", help="show every step")
+    sub.add_argument("--precision", choices=quant.KINDS, help="rebuild the run in this storage")
+    sub = command("compare", "evaluated runs side by side", run=False)
+    sub.add_argument("runs", nargs="+", metavar="RUN")
+    sub = command("plot", "pictures: loss.png, cross_entropy.png, memory.png", run=False)
+    sub.add_argument("runs", nargs="*", metavar="RUN")
+    sub.add_argument("--to", metavar="FOLDER", help="default: the first run's")
+    sub = command("precision", "a run in every storage, side by side")
+    sub.add_argument("--full", action="store_true", help="score every validation row, not 100")
+    sub.add_argument("--json", metavar="PATH", help="where to write the figures")
+    sub = command("export", "write the last exit, adapters merged, in Hugging Face's GPT-2 layout")
+    sub.add_argument("target", metavar="FOLDER")
+    sub.add_argument("--precision", choices=quant.KINDS, help="the values of this storage, as fp32 "
+                     "numbers, with fp16 as fp16 (the run's own)")
+    if argv[:1] not in (["-h"], ["--help"], *([name] for name in commands.choices)):
+        text = " ".join(argv).replace("=", " ")
+        for option, command_of_today in MOVED.items():
+            if re.search(rf"(^| ){option}( |$)", text):
+                raise UserError(f"{option} is now: python evaluate_gpt2.py {command_of_today}")
+        argv = ["report", *argv]
+    return parser.parse_args(argv)
 
 
-def check_ranges(args):
-    """UserError for a number of the command line that is out of range."""
-    for name, least, most in (("length", 1, math.inf), ("steps", 1, 10_000), ("seed", 0, 2**63 - 1),
-                              ("samples", 1, math.inf), ("temperature", 0, 1e6),
-                              ("top_p", 1e-9, 1)):
-        value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')} must be from {least:g} to {most:g}")
+def export(run, target, precision=None):
+    """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
+    the layout cannot hold it, or `target` holds something already."""
+    target = Path(target)
+    if any((target / name).exists() for name in ("config.json", "model.safetensors")):
+        raise UserError(f"{target} holds a model or run already; name a new folder")
+    model = run.load(precision)
+    last, dtype = model.blocks - 1, torch.float16 if precision == "fp16" else torch.float32
+    lora.merge(model, last).save_pretrained(target, dtype=dtype)
+    lost = f"exits 0 to {last - 1} and the [MASK] row" if last else "the [MASK] row"
+    print(f"exit {last} of {run.name} written to {target}; lost: {lost}, so it is an ordinary "
+          f"GPT-2")
 
 
 @one_line_errors
 def main(argv=None):
-    args = parse(argv)
-    runs = Path(args.folder)
-    folder = runs / args.run if args.run else None
-    if args.compare or args.plot is not None:
-        folders = [runs / run for run in args.compare or [args.run or newest_run(runs).name]]
-        if args.plot is None:
-            compare(folders)
-        else:
-            for folder in folders:
-                read_config(folder)  # before anything is computed
-            plot(folders, args.plot or folders[0], pick_device(args.device))
+    args = parse(sys.argv[1:] if argv is None else [str(argument) for argument in argv])
+    if args.command == "compare":
+        compare([Run.named(name) for name in args.runs])
+        return 0
+    if args.command == "plot":
+        runs = [Run.named(name) for name in args.runs or [None]]
+        plot(runs, args.to or runs[0].folder, pick_device(args.device))
         return 0
     keep_freed_memory()
-    folder = folder or newest_run(runs)
-    if args.run and is_pretrained(Path(args.run)):
-        folder = Path(args.run)
-        if args.precision != "all":
-            raise UserError(f"{folder} holds weights, not a run: all that works on it is "
-                            f"--precision all")
-    device = pick_device(args.device)
-    config, training, data = read_config(folder)
-    if args.export:
-        export(folder, args.export, args.precision)
+    run = Run.named(args.run)
+    if args.command == "export":
+        export(run, args.target, args.precision)
         return 0
-    for default in [] if is_pretrained(folder) else defaults_used(folder):
-        print(f"note: {folder.name} was made before there was {default}, which is taken for it")
-    name = f"eval_{args.precision}.json" if args.precision else "eval.json"
-    path = Path(args.json or (folder.parent if folder.is_file() else folder) / name)
-    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of scoring
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give --json the name of a file")
-    if args.precision == "all":
-        result = precision_table(folder, device, args.full)
+    device, target = pick_device(args.device), getattr(args, "json", None)
+    if target and Path(target).is_dir():  # told now, not after minutes of scoring
+        raise UserError(f"{target} is a folder; give --json the name of a file")
+    if args.command == "report":
+        name = f"eval_{args.precision}.json" if args.precision else "eval.json"
+        path = Path(target or run.folder / name)
+        report(run, run.load(args.precision, device), args.full, args.precision, path)
+    elif args.command == "sample":
+        how = {key: getattr(args, key) for key in ("prompt", "length", "order", "exit_k", "steps",
+               "temperature", "top_p", "seed", "watch")}  # fmt: skip
+        text = sample_text(run.load(args.precision, device), run.config.training, **how)
+        if not args.watch:
+            print(text.strip())
     else:
-        model = load_run(folder, args.precision, device)
-        if not -1 <= (args.left_to_right or 0) < model.blocks:
-            raise UserError(f"exit {args.left_to_right} does not exist; this run has exits 0 to "
-                            f"{model.blocks - 1}")
-        if args.how:
-            encoding = tokenizer(config.vocab_size, data.folder)
-            text = sample_text(model, encoding, training, **args.how)
-            if not args.watch:
-                print(text.strip())
-            return 0
-        result = report(folder, model, args.full, args.precision)
-    write_atomically(path, json.dumps(result, indent=1).encode())
-    print(f"\nwritten to {path}")
+        path = Path(target or run.folder / "precision.json")
+        write_json(path, precision_table(run, device, args.full))
+        print(f"\nwritten to {path}")
     return 0
 
 

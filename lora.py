@@ -33,26 +33,26 @@ class LoRALinear(nn.Module):
         self.rank, self.scale = rank, alpha / rank
         self.in_features, self.out_features = base.in_features, base.out_features
         self.dropout = nn.Dropout(dropout)
-        self.lora_A = nn.ParameterDict()  # {exit: (rank, in)}
-        self.lora_B = nn.ParameterDict()  # {exit: (out, rank)}
+        self.lora_A = nn.ParameterDict()  # {exit_k: (rank, in)}
+        self.lora_B = nn.ParameterDict()  # {exit_k: (out, rank)}
         self.active_exit = None
 
-    def add(self, exit, generator=None):
-        """Give `exit` an adapter, fp32; A is drawn on the CPU, the same for every device."""
-        if str(exit) in self.lora_A:
-            raise ValueError(f"exit {exit} has an adapter here already")
+    def add(self, exit_k, generator=None):
+        """Give `exit_k` an adapter, fp32; A is drawn on the CPU, the same for every device."""
+        if str(exit_k) in self.lora_A:
+            raise ValueError(f"exit {exit_k} has an adapter here already")
         device = next(t for t in (*self.base.parameters(), *self.base.buffers())).device
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         B = torch.zeros(self.out_features, self.rank)
-        self.lora_A[str(exit)] = nn.Parameter(A.to(device))
-        self.lora_B[str(exit)] = nn.Parameter(B.to(device))
+        self.lora_A[str(exit_k)] = nn.Parameter(A.to(device))
+        self.lora_B[str(exit_k)] = nn.Parameter(B.to(device))
 
-    def delta(self, exit):
-        """The dense correction (out, in) in fp32, or None where `exit` has no adapter."""
-        if str(exit) not in self.lora_A:
+    def delta(self, exit_k):
+        """The dense correction (out, in) in fp32, or None where `exit_k` has no adapter."""
+        if str(exit_k) not in self.lora_A:
             return None
-        return self.scale * (self.lora_B[str(exit)] @ self.lora_A[str(exit)]).detach()
+        return self.scale * (self.lora_B[str(exit_k)] @ self.lora_A[str(exit_k)]).detach()
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
@@ -71,19 +71,12 @@ def _replace(model, name, module):
     setattr(model.get_submodule(parent), child, module)
 
 
-def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, plain=False):
-    """Put an adapter for `exit` on every linear of the blocks before block `exit`.
+def add_adapters(model, exit_k, layers, rank, alpha, dropout=0.0, seed=0):
+    """Put an adapter for `exit_k` on every linear of some layers (their numbers).
 
-    plain: plain QLoRA, adapters on all layers; and the [MASK] row, which pretrained weights lack,
-    becomes a parameter of its own beside the frozen embedding. The A are a function of seed and
-    exit. Returns the adapters' new parameters, fp32 and trainable.
+    The A are a function of seed and exit; all is fp32 and trainable.
     """
-    layers = range(model.config.n_layers if plain else exit * model.config.block_size)
-    if plain:
-        row = model.wte.weight[model.config.mask_id].detach()
-        model.mask_row = nn.Parameter(row.float().clone())
-    generator = torch.Generator().manual_seed(seed * 1000 + exit)
-    parameters = []
+    generator = torch.Generator().manual_seed(seed * 1000 + exit_k)
     for i in layers:
         linears = {}
         for name, module in model.h[i].named_modules():
@@ -94,24 +87,14 @@ def add_adapters(model, exit, rank, alpha, dropout=0.0, seed=0, plain=False):
         for name, linear in linears.items():
             if (linear.rank, linear.scale) != (rank, alpha / rank):
                 raise ValueError(f"h.{i}.{name}: has adapters of another rank or alpha")
-            linear.add(exit, generator)
+            linear.add(exit_k, generator)
             _replace(model.h[i], name, linear)
-            parameters += [linear.lora_A[str(exit)], linear.lora_B[str(exit)]]
-    return parameters
 
 
-def adapter_parameters(model, exit):
-    """{name: parameter} of the adapters of `exit`, and in plain QLoRA of what is trained beside
-    them, the [MASK] row and the exit norm."""
-    ends = (f".lora_A.{exit}", f".lora_B.{exit}")
-    if getattr(model, "mask_row", None) is not None:
-        ends += ("mask_row", f"exit_norms.{exit}.weight", f"exit_norms.{exit}.bias")
+def adapter_parameters(model, exit_k):
+    """{name: parameter} of the adapters of `exit_k`."""
+    ends = (f".lora_A.{exit_k}", f".lora_B.{exit_k}")
     return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
-
-
-def adapter_state(model, exit):
-    """{name: tensor} of the adapters of `exit`, detached (views, no copies)."""
-    return {name: p.detach() for name, p in adapter_parameters(model, exit).items()}
 
 
 def merge(model, exit, kind=None):

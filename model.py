@@ -1,13 +1,12 @@
 """GPT-2 as a mask-diffusion model: the network, the masking schedule, the loss, one reverse step.
 
-Read from top to bottom:
+Read from top to bottom (`ModelConfig`, the sizes, stands in data_loader.py):
 
-1. `ModelConfig`             sizes, blocks, bands, time steps
-2. `Attention`, `MLP`, `Layer`, `GPT`   the network of Radford et al. 2019, with one exit per block
-3. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
-4. `token_weights`, `chunked_cross_entropy`, `diffusion_loss`   the objective
-5. `sample_tokens`, `reverse_step`, `confident_step`   the reverse process p(x_s | x_t)
-6. `read_pretrained`, `read_safetensors`, `fetch_gpt2`   GPT-2 weights in and out
+1. `Attention`, `MLP`, `Layer`, `GPT`   the network of Radford et al. 2019, with one exit per block
+2. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
+3. `token_weights`, `diffusion_loss`        the objective; `tied_cross_entropy` makes it fast
+4. `sample_tokens`, `reverse_step`, `confident_step`   the reverse process p(x_s | x_t)
+5. `read_pretrained`, `fetch_gpt2`          GPT-2 weights in and out
 
 Letters in the shape comments: B rows, T positions (seq_len at most), d = d_model, V = rows of the
 embedding (vocab_size + 1 rounded up to a multiple of 64), N = any number of scored positions.
@@ -18,12 +17,10 @@ arXiv 2406.04329); keeping GPT-2's shift follows Gong et al. 2024 (DiffuGPT, arX
 
 import contextlib
 import http.client
-import itertools
 import json
 import math
 import os
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,98 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------
-# 1. Configuration
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the network (`model:` in gpt2.yaml) and its blocks and bands (from `training:`).
-
-    Raises ValueError, naming the key, for a combination that cannot be built.
-    """
-
-    vocab_size: int = 50257  # text tokens; <|endoftext|> is the last of them
-    d_model: int = 768
-    n_layers: int = 12
-    n_heads: int = 12
-    seq_len: int = 256
-    attention_mode: str = "causal"
-    dropout: float = 0.0
-    init_from: str = "scratch"
-    # Copied from `training:` by data_loader.load_config, so that the model knows its exits.
-    total_blocks: int = 3
-    block_size: int = 4
-    block_mask_ranges: tuple[tuple[float, float], ...] = ((0.0, 0.4), (0.4, 0.7), (0.7, 1.0))
-    time_step_mask_fractions: tuple[float, ...] = (
-        0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99,
-    )  # fmt: skip
-
-    @property
-    def mask_id(self):
-        """Id of [MASK]: the first id after the text's vocabulary."""
-        return self.vocab_size
-
-    @property
-    def rows(self):
-        """Rows of the embedding: vocab_size + 1 ([MASK]) rounded up to a multiple of 64."""
-        return -(-(self.vocab_size + 1) // 64) * 64
-
-    def __post_init__(self):
-        for key in ("d_model", "n_layers", "n_heads", "total_blocks", "block_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size must be at least 2, not {self.vocab_size}")
-        if self.seq_len < 2:
-            raise ValueError(f"seq_len must be at least 2, not {self.seq_len}")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads {self.n_heads} does not divide d_model {self.d_model}")
-        if self.attention_mode not in ("causal", "bidirectional"):
-            raise ValueError(
-                f"attention_mode must be causal or bidirectional, not {self.attention_mode!r}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.total_blocks * self.block_size != self.n_layers:
-            raise ValueError(
-                f"total_blocks {self.total_blocks} x block_size {self.block_size} must equal "
-                f"n_layers {self.n_layers}"
-            )
-        self._check_bands()
-
-    def _check_bands(self):
-        ranges, steps = self.block_mask_ranges, self.time_step_mask_fractions
-        if len(ranges) != self.total_blocks:
-            raise ValueError(
-                f"block_mask_ranges needs one range per block: {self.total_blocks} blocks, "
-                f"{len(ranges)} ranges"
-            )
-        # Sorted by noise, the bands must tile (0, 1]; which block owns which is free.
-        edge = 0.0
-        for band in sorted(ranges):
-            if len(band) != 2 or band[0] != edge or not band[0] < band[1]:
-                raise ValueError(
-                    f"block_mask_ranges must cover (0, 1] without hole or overlap; "
-                    f"{list(band)} does not go on from {edge}"
-                )
-            edge = band[1]
-        if edge != 1.0:
-            raise ValueError(f"block_mask_ranges must end at 1.0, not {edge}")
-        if not steps or any(not 0 < m <= 1 for m in steps):
-            raise ValueError(f"time_step_mask_fractions must lie in (0, 1], not {list(steps)}")
-        if any(a >= b for a, b in zip(steps, steps[1:])):
-            raise ValueError("time_step_mask_fractions must increase")
-        for block in range(self.total_blocks):
-            if not time_steps_of(block, self):
-                raise ValueError(
-                    f"time_step_mask_fractions has no time step in block {block}'s range "
-                    f"{list(ranges[block])}"
-                )
-
+from data_loader import (DTYPES, ModelConfig, UserError, read_tensors, write_json,
+                         write_tensors)
 
 # ---------------------------------------------------------------------------------------------
-# 2. The network
+# 1. The network
 
 
 class Attention(nn.Module):
@@ -203,7 +113,7 @@ class GPT(nn.Module):
         self.head_weight = None  # wte in the compute type, where evaluation has converted it once
         self.wte = nn.Embedding(config.rows, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
-        self.mask_row = None  # plain QLoRA trains this row (d,) beside an embedding that is frozen
+        self.mask_row = None  # see `add_mask_row`
         self.dropout = nn.Dropout(config.dropout)
         self.h = nn.ModuleList()  # layers
         self.exit_norms = nn.ModuleList()  # exit k reads through exit_norms[k]
@@ -239,6 +149,14 @@ class GPT(nn.Module):
         if self.blocks:
             norm.load_state_dict(self.exit_norms[-1].state_dict())
         self.exit_norms.append(norm)
+
+    def add_mask_row(self):
+        """Make the row of [MASK], (d,), a parameter of its own beside the frozen embedding.
+
+        Plain QLoRA trains it, as pretrained weights have no such row.
+        """
+        row = self.wte.weight[self.config.mask_id].detach()
+        self.mask_row = nn.Parameter(row.float().clone())
 
     def layers_of(self, block):
         """The layers that make up one block: a list of `Layer`."""
@@ -296,12 +214,13 @@ class GPT(nn.Module):
         Ids from vocab_size up ([MASK] and the padding rows) get -inf: they are never predicted.
         """
         dtype = product_dtype(hidden)
-        weight = self.wte.weight if self.head_weight is None else self.head_weight
-        logits = F.linear(hidden.to(dtype), weight.to(dtype))  # (..., V)
-        return logits.index_fill(-1, self._not_text(), -torch.inf)
+        logits = F.linear(hidden.to(dtype), self.tied_weight().to(dtype))  # (..., V)
+        not_text = torch.arange(self.config.vocab_size, self.config.rows, device=logits.device)
+        return logits.index_fill(-1, not_text, -torch.inf)
 
-    def _not_text(self):
-        return torch.arange(self.config.vocab_size, self.config.rows, device=self.wte.weight.device)
+    def tied_weight(self):
+        """The embedding as the head's matrix, (V, d)."""
+        return self.wte.weight if self.head_weight is None else self.head_weight
 
     def forward(self, idx, block=None):
         """Logits (B, T, V) of token ids (B, T), read at exit `block` (None: the last)."""
@@ -334,32 +253,32 @@ class GPT(nn.Module):
             else:
                 parameter.copy_(tensors[name.replace(f"exit_norms.{block}.", "ln_f.")])
 
-    def save_pretrained(self, path, exit=None, dtype=torch.float32):
-        """Write exit `exit` (None: the last built) as a GPT-2 in Hugging Face's layout.
+    def save_pretrained(self, path, exit_k=None, dtype=torch.float32):
+        """Write exit `exit_k` (None: the last built) as a GPT-2 in Hugging Face's layout.
 
         Makes path/config.json and path/model.safetensors: the layers up to the exit, quantized ones
         dequantized, its norm as ln_f, and the text's rows of the embedding. The layout has no place
         for earlier exits, [MASK] or bidirectional attention. dtype: fp32, fp16 or bf16.
 
-        Raises ValueError for adapters that are not merged, attention that is not causal, and
-        weights that are not finite in `dtype`.
+        UserError for adapters that are not merged, attention that is not causal, and weights that
+        are not finite in `dtype`.
         """
-        config, exit = self.config, self.blocks - 1 if exit is None else exit
-        if not 0 <= exit < self.blocks:
-            raise ValueError(f"exit {exit} does not exist; {self.blocks} blocks are built")
+        config, exit_k = self.config, self.blocks - 1 if exit_k is None else exit_k
+        if not 0 <= exit_k < self.blocks:
+            raise UserError(f"exit {exit_k} does not exist; {self.blocks} blocks are built")
         if any(hasattr(module, "active_exit") for module in self.modules()):
-            raise ValueError("merge the adapters first: lora.merge(model, exit).save_pretrained()")
+            raise UserError("merge the adapters first: lora.merge(model, exit).save_pretrained()")
         if config.attention_mode != "causal":
-            raise ValueError(f"this layout is for causal attention, not {config.attention_mode}")
-        n_layers, tensors = (exit + 1) * config.block_size, {}
+            raise UserError(f"this layout is for causal attention, not {config.attention_mode}")
+        n_layers, tensors = (exit_k + 1) * config.block_size, {}
         for name, shape in pretrained_shapes(config, n_layers).items():
             where, _, part = name.rpartition(".")
-            module = self.exit_norms[exit] if where == "ln_f" else self.get_submodule(where)
+            module = self.exit_norms[exit_k] if where == "ln_f" else self.get_submodule(where)
             quantized = part == "weight" and hasattr(module, "dequantize")
             tensor = module.dequantize() if quantized else getattr(module, part).detach()
             tensor = (tensor.t() if name.startswith("h.") else tensor[: shape[0]]).to(dtype)
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has values that are not finite in {dtype}")
+                raise UserError(f"{name} has values that are not finite in {dtype}")
             tensors["transformer." + name] = tensor
         sizes = {theirs: getattr(config, ours) for theirs, ours in PRETRAINED_SIZES.items()}
         description = PRETRAINED_FIXED | sizes | {"n_layer": n_layers}
@@ -367,9 +286,8 @@ class GPT(nn.Module):
         description |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         description |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", tensors)
-        _write_aside(folder / "config.json", [json.dumps(description, indent=2).encode()])
+        write_tensors(folder / "model.safetensors", tensors, sealed=False)
+        write_json(folder / "config.json", description)
 
 
 def compute_type(device, name="auto"):
@@ -403,7 +321,7 @@ def product_dtype(x):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The forward process: masking
+# 2. The forward process: masking
 
 
 def block_of(mask_fraction, config):
@@ -446,17 +364,29 @@ def corrupt(x_0, mask_fraction, uniform, mask_id):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The objective
+# 3. The objective
+
+# Why CE(m) bounds the likelihood. Let m rise from 0 to 1 while tokens are masked, and go back: from
+# m to m - dm a masked token is revealed with probability dm / m, and to reveal token i as it was
+# costs -log p(x_i | x_m). The costs of all steps bound -log p(x) (the ELBO; MDLM, eq. 8 to 10):
+#
+#     -log p(x) <= integral of  1/m E[sum over masked i of -log p(x_i | x_m)]  dm
+#                = (T-1) integral of CE(m) dm,    CE(m) = E[that sum] / (m (T-1)).
+#
+# That is where 1/m comes from: m (T-1) is how many masks there are on average. In finitely many
+# steps m_i -> m_(i-1) each mask is revealed with probability (m_i - m_(i-1)) / m_i, hence
+# NELBO_12 = sum of (m_i - m_(i-1)) CE(m_i) per token.
 
 
 def token_weights(mask, mask_fraction, causal):
     """Weight of each predicted position, so that a weighted sum of cross-entropies is CE(m).
 
-    CE(m) = E[sum of -log p over masked tokens] / (m (T-1)). A bidirectional model needs just that.
-    In a causal one the hidden state i-1 never sees whether i is masked, so all T-1 positions may be
-    scored: the same expectation with less variance (Rao-Blackwell). m = 0 (no masks) exists for
-    causal models only and is the ordinary next-token loss. Both divide by a constant, the expected
-    number of masks or of scored tokens, never by the number drawn.
+    A bidirectional model needs the definition as it stands: masked positions, divided by m (T-1).
+    In a causal one the hidden state i-1 never sees whether i is masked, and that is independent of
+    what it does see: E[masked_i * -log p_i] = m E[-log p_i]. So m cancels, and all T-1 positions
+    may be scored: the same expectation with less variance (Rao-Blackwell). m = 0 (no masks) exists
+    for causal models only and is the ordinary next-token loss. Both divide by a constant, the
+    expected number of masks or of scored tokens, never by the number drawn.
 
     Args:
         mask: (B, T), mask_fraction: (B,).
@@ -470,6 +400,65 @@ def token_weights(mask, mask_fraction, causal):
     return mask[:, 1:] / (mask_fraction[:, None] * n)
 
 
+def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
+    """The stage loss: mean over rows of the estimate of CE(m), read at exit `block`.
+
+    A plain mean: the weights m_i - m_(i-1) of the bound are left to the evaluation. Every time step
+    of the stage counts alike, also the lightly masked ones, which teach most.
+
+    Args:
+        x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
+        rows: number to divide by (None: B). With micro-batches, the rows of the whole batch, so
+            that their losses and gradients add up to the batch's.
+
+    Returns:
+        loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's
+        share of scored tokens that were predicted right, (B,), where no gradient is wanted.
+    """
+    causal = model.config.attention_mode == "causal"
+    hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
+    weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
+    scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
+    loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / (rows or len(x_0)),
+                                       scored)  # fmt: skip
+    n_scored = mask.size(1) - 1 if causal else scored.sum(1).clamp(min=1)  # of each row
+    return loss, (ce * weights).sum(1), hit.sum(1) / n_scored
+
+
+# What follows in this section is there for speed and memory; the mathematics is above.
+
+
+def tied_cross_entropy(model, hidden, targets, weights, scored=None):
+    """sum of weights * (-log softmax(hidden W^T)[targets]), W the tied head, without its logits.
+
+    Args:
+        hidden: (B, S, d); targets: (B, S) ids below vocab_size; weights: (B, S), 0 where not
+            scored; scored: (B, S) bool, where the head is needed at all (None: everywhere).
+
+    Returns:
+        loss, differentiable in hidden and W; the cross-entropies in nats (B, S), detached, 0 where
+        not scored; and, where no gradient is wanted, 1.0 where the target was the likeliest token.
+    """
+    W = model.tied_weight()
+    flat = [hidden.flatten(0, 1), targets.flatten(), weights.flatten()]  # (B S, ...)
+    if scored is not None:
+        index = scored.flatten().nonzero().squeeze(1)  # (N,)
+        n = len(index)
+        # Matrix libraries prepare a kernel for every size that they meet, and keep hundreds of
+        # them: the number of masks is rounded up to a multiple of 64, with positions of weight 0.
+        index = F.pad(index, (0, -n % 64))
+        flat = [part[index] for part in flat]
+        flat[2][n:] = 0
+    learning = torch.is_grad_enabled()
+    need_h, need_W = learning and hidden.requires_grad, learning and W.requires_grad
+    loss, ce, hit = _ChunkedCrossEntropy.apply(*flat, W, model.config.vocab_size, need_h, need_W)
+    if scored is None:
+        return loss, ce.view(targets.shape), hit.float().view(targets.shape)
+    ce, hit = (torch.zeros_like(weights).masked_scatter(scored, part[:n].float())
+               for part in (ce, hit))  # fmt: skip
+    return loss, ce, hit
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted cross-entropy over the vocabulary, chunk by chunk, gradients formed on the way.
 
@@ -477,9 +466,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     means that no (N, V) tensor is ever stored, and the backward pass only scales by its input.
     """
 
+    CHUNK = 512  # positions whose logits exist at one time
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, vocab_size, chunk, need_h, need_W):
-        dtype = product_dtype(hidden)
+    def forward(ctx, hidden, targets, weights, weight, vocab_size, need_h, need_W):
+        dtype, chunk = product_dtype(hidden), _ChunkedCrossEntropy.CHUNK
         h, W = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         ce = torch.empty(len(h), device=h.device)  # (N,)
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
@@ -519,66 +510,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_h, grad_W = ctx.saved_tensors
         grad_h = None if grad_h is None else grad_h * grad_loss
         grad_W = None if grad_W is None else grad_W.mul_(grad_loss)
-        return grad_h, grad_W, *[None] * 6
-
-
-def chunked_cross_entropy(hidden, weight, targets, weights, vocab_size, chunk=512):
-    """sum_n weights[n] * (-log softmax(hidden[n] W^T)[targets[n]]) without storing the logits.
-
-    Args:
-        hidden: (N, d); weight: the tied head, (V, d); targets: (N,) ids below vocab_size;
-        weights: (N,); chunk: positions whose logits exist at one time.
-
-    Returns:
-        loss (differentiable in hidden and weight), the N cross-entropies in nats, detached, and,
-        where no gradient is wanted, whether the target was the likeliest token, (N,) bool.
-    """
-    learning = torch.is_grad_enabled()
-    need_h, need_W = learning and hidden.requires_grad, learning and weight.requires_grad
-    return _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, weights, vocab_size, chunk, need_h, need_W
-    )
-
-
-def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
-    """The stage loss: mean over rows of the estimate of CE(m), read at exit `block`.
-
-    A plain mean: the weights m_i - m_(i-1) of the bound are left to the evaluation. Every time step
-    of the stage counts alike, also the lightly masked ones, which teach most.
-
-    Args:
-        x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
-        rows: number to divide by (None: B). With micro-batches, the rows of the whole batch, so
-            that their losses and gradients add up to the batch's.
-
-    Returns:
-        loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's
-        share of scored tokens that were predicted right, (B,), where no gradient is wanted.
-    """
-    causal = model.config.attention_mode == "causal"
-    hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
-    weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
-    scored = torch.ones_like(mask[:, 1:]) if causal else mask[:, 1:]  # (B, T-1)
-    index = scored.flatten().nonzero().squeeze(1)  # (N,)
-    # Matrix libraries prepare a kernel for every size that they meet, and keep hundreds of them:
-    # where the number of masks decides, it is rounded up, with positions of weight 0.
-    extra = 0 if causal else -len(index) % 64
-    n, index = len(index), F.pad(index, (0, extra))
-    loss, ce, hit = chunked_cross_entropy(
-        hidden.flatten(0, 1) if causal else hidden.flatten(0, 1)[index],
-        model.wte.weight if model.head_weight is None else model.head_weight,
-        x_0[:, 1:].flatten()[index],
-        F.pad(weights[scored] / (rows or len(x_0)), (0, extra)),
-        model.config.vocab_size,
-    )
-    ce, hit = ce[:n], hit[:n]
-    ce = torch.zeros_like(weights).masked_scatter(scored, ce)  # (B, T-1)
-    hit = torch.zeros_like(weights).masked_scatter(scored, hit.float())  # (B, T-1)
-    return loss, (ce * weights).sum(1), hit.sum(1) / scored.sum(1).clamp(min=1)
+        return grad_h, None, None, grad_W, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. The reverse process: one step
+# 4. The reverse process: one step
 
 
 def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -658,7 +594,7 @@ def confident_step(model, x_t, n_left, block, temperature=1.0, top_p=1.0, genera
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. GPT-2 weights in and out
+# 5. GPT-2 weights in and out
 
 # Keys of Hugging Face's config.json: the sizes {theirs: ours}, and what this network does one way.
 PRETRAINED_SIZES = {
@@ -671,10 +607,6 @@ PRETRAINED_FIXED = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/main/"
-SAFETENSORS_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def read_pretrained(path, config=None, cache="data"):
@@ -690,7 +622,7 @@ def read_pretrained(path, config=None, cache="data"):
         the config, and {name: tensor} for `GPT.fill_from`: our names and shapes, so linears are
         (out, in), with `ln_f.` for the final norm; in the type in which they are stored.
 
-    Raises OSError (no such file, no network) or ValueError, in one line that names the file.
+    UserError or OSError (no such file, no network), in one line that names the file.
     """
     path = Path(fetch_gpt2(cache) if str(path) == "gpt2" and not Path("gpt2").exists() else path)
     files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
@@ -699,7 +631,7 @@ def read_pretrained(path, config=None, cache="data"):
         raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin here; set "
                                 "model.init_from to a folder that has one, to gpt2 or to scratch")
     found = _read_description(file.with_name("config.json"), config)
-    stored = read_torch(file) if file.suffix == ".bin" else read_safetensors(file)
+    stored = read_torch(file) if file.suffix == ".bin" else read_tensors(file, sealed=False)[0]
     tensors = {
         name.removeprefix("transformer."): tensor
         for name, tensor in stored.items()
@@ -713,10 +645,13 @@ def read_pretrained(path, config=None, cache="data"):
         dtype, shape = tensors[name].dtype, tuple(tensors[name].shape)
         if shape != shapes[name] or not dtype.is_floating_point:
             wrong.append(f"{name} is {dtype} {shape}, not float {shapes[name]}")
+        elif not torch.isfinite(tensors[name]).all():
+            wrong.append(f"{name} has values that are not finite")
     if not wrong and head is not None and not torch.equal(head, tensors["wte.weight"]):
         wrong = ["lm_head.weight is not wte.weight (only a tied head is supported)"]
     if wrong:
-        raise ValueError(f"{file}: {'; '.join(sorted(wrong))}")
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"{file}: {'; '.join(sorted(wrong)[:5])}{more}")
     config = config or found
     tensors["wpe.weight"] = tensors["wpe.weight"][: config.seq_len]
     return config, {n: t.t() if n.startswith("h.") else t for n, t in tensors.items()}
@@ -733,19 +668,22 @@ def pretrained_shapes(config, n_layers):
 
 
 def _read_description(path, config=None):
-    """The one-block ModelConfig of a config.json. ValueError unless it agrees with `config`."""
+    """The one-block ModelConfig of a config.json. UserError unless it agrees with `config`."""
     try:
         description = json.loads(path.read_bytes())
         for key, value in PRETRAINED_FIXED.items():
             if description.get(key, value) != value:
                 raise ValueError(f"{key} {description[key]!r} is not supported, only {value!r}")
         sizes = {ours: description.get(theirs) for theirs, ours in PRETRAINED_SIZES.items()}
-        if not all(type(size) is int for size in sizes.values()):
+        if not all(type(size) is int and size < 2**20 for size in sizes.values()):
             raise ValueError(f"{', '.join(PRETRAINED_SIZES)} must all be there, as whole numbers")
-        found = ModelConfig(**sizes, total_blocks=1, block_size=sizes["n_layers"],
-                            block_mask_ranges=((0.0, 1.0),), init_from=str(path.parent))
+        found = ModelConfig(
+            **sizes, attention_mode="causal", dropout=0.0, init_from=str(path.parent),
+            total_blocks=1, block_size=sizes["n_layers"], block_mask_ranges=((0.0, 1.0),),
+            time_step_mask_fractions=(1.0,),
+        )  # fmt: skip
     except (AttributeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not the config.json of a GPT-2: {error}") from None
+        raise UserError(f"{path}: not the config.json of a GPT-2: {error}") from None
     differ = [
         f"model.{ours}={size} (not {getattr(config, ours)})"
         for ours, size in sizes.items()
@@ -753,100 +691,28 @@ def _read_description(path, config=None):
         and not (ours == "seq_len" and size > config.seq_len)  # a longer table is cropped
     ]  # fmt: skip
     if differ:
-        raise ValueError(f"{path}: to start from these weights, set {', '.join(differ)}")
+        raise UserError(f"{path}: to start from these weights, set {', '.join(differ)}")
     return found
 
 
 def read_torch(path):
     """{name: tensor} of a pytorch_model.bin, on the CPU, mapped where it is a zip archive.
 
-    Nothing in it is executed. ValueError for anything but tensors by name.
+    Nothing in it is executed. UserError for anything but tensors by name.
     """
     try:
         with open(path, "rb") as file:
             mapped = file.read(2) == b"PK"  # older files are plain pickles
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         for name, tensor in tensors.items():
-            if not isinstance(name, str) or getattr(tensor, "layout", None) != torch.strided:
+            if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                    and tensor.layout == torch.strided and tensor.dtype in DTYPES.values()
+                    and not (tensor.is_meta or tensor.is_nested)):  # fmt: skip
                 raise ValueError(f"{name!r} is not the name of a dense tensor")
     except Exception as error:  # torch raises many kinds; all mean that this is no such file
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(f"{path}: refused, not plain tensors ({reason})") from None
+        raise UserError(f"{path}: refused, not plain tensors ({reason})") from None
     return dict(tensors)
-
-
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file. The tensors are views of the mapped file, not copies.
-
-    The file is 8 bytes of length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, and
-    the data. Every number is checked before it is used; ValueError says what is wrong.
-    """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100 << 20):
-            raise ValueError(f"{path}: truncated, or not safetensors (a header of {length} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except (RecursionError, ValueError) as error:
-            raise ValueError(f"{path}: its header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length :]
-    entries = []  # (start, end, name, dtype, shape)
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
-                dtype = SAFETENSORS_TYPES.get(kind)
-            case _:
-                dtype = None
-        if dtype is None or len(shape) > 8:
-            raise ValueError(f"{path}: {name[:80]} has an entry without a known dtype and shape")
-        if not all(type(n) is int and 0 <= n <= size for n in shape):
-            raise ValueError(f"{path}: {name[:80]} has an impossible shape")
-        if end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name[:80]} has a shape and offsets that do not agree")
-        entries.append((start, end, name, dtype, shape))
-    edge, tensors = 0, {}
-    for start, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
-        if start != edge or end > len(data):
-            raise ValueError(f"{path}: {name[:80]} overlaps, leaves a hole or ends beyond the file")
-        part, edge = data[start:end], end
-        if part.storage_offset() % dtype.itemsize:  # torch cannot view what is not aligned
-            part = part.clone()
-        tensors[name] = part.view(dtype).view(shape)
-    if edge != len(data):
-        raise ValueError(f"{path}: {len(data) - edge} bytes of data belong to no tensor")
-    return tensors
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor}; the file gets its name when it is complete."""
-    kinds = {dtype: kind for kind, dtype in SAFETENSORS_TYPES.items()}
-    header, edge = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        offsets = [edge, edge := edge + tensor.nbytes]
-        header[name] = {
-            "dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets
-        }  # fmt: skip
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    data = (t.cpu().flatten().view(torch.uint8).numpy() for t in tensors.values())
-    _write_aside(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
-
-
-def _write_aside(path, pieces):
-    """Write a file under a temporary name, sync it, and only then give it its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch_gpt2(cache):
@@ -856,15 +722,17 @@ def fetch_gpt2(cache):
     """
     folder = Path(cache) / "gpt2"
     folder.mkdir(parents=True, exist_ok=True)
-    checks = {"config.json": _read_description, "model.safetensors": read_safetensors}
-    for name, check in checks.items():
+    for name in ("config.json", "model.safetensors"):
         partial = folder / f"{name}.part"
         try:
             if not (folder / name).exists():
                 urllib.request.urlretrieve(GPT2_URL + name, partial)
-                check(partial)
+                if name == "config.json":
+                    _read_description(partial)
+                else:
+                    read_tensors(partial, sealed=False)
                 os.replace(partial, folder / name)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, UserError, http.client.HTTPException) as error:
             raise OSError(f"cannot download GPT-2's {name} ({error}); put it into {folder} "
                           "yourself, or set model.init_from to a folder that has it") from None
     return folder

@@ -1,23 +1,20 @@
-"""How weights are stored: in memory (fp32, fp16, int4, nf4) and on disk (verified files, backups).
+"""How weights are stored in memory: fp32, fp16, int4 or nf4.
 
-In memory a frozen weight is kept as codes and turned into the compute type for each product. The
-4-bit kinds cut each row of W (out, in) into groups of 64 and give every group its own scale:
+A frozen weight is kept as codes and turned into the compute type for each product. The 4-bit kinds
+cut each row of W (out, in) into groups of 64 and give every group its own scale:
 
     int4  4.5 bits/weight    w ~ scale * code + zero, code in 0..15, scale and zero in fp16
     nf4   4.127 bits/weight  w ~ absmax * LEVELS[code]: each of the 16 levels stands for an equal
                              share of a Gaussian, and absmax itself is stored in 8 bits (QLoRA,
                              arXiv 2305.14314, section 3: NormalFloat and double quantization)
 
-On disk nothing counts before it has been reread and compared, and nothing is used before its
-sha256 has been checked. Files are loaded as data (`weights_only=True`), never as code.
+Read from top to bottom: `QuantTensor` and its `dequantize`, `quantize`, `QuantLinear` (and
+`_Product`, where a weight is expanded for the forward and again for the backward pass),
+`freeze_block`.
 """
 
 import functools
-import hashlib
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +31,6 @@ NF4_LEVELS = (
 )
 ABSMAX_GROUP = 256  # absmax values that share one fp32 scale in the double quantization
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
-
-
-# ------------------------------------------------------------------------------ in memory
 
 
 @dataclass(frozen=True)
@@ -270,219 +264,3 @@ def freeze_block(model, block, kind):
             weight = embedding.weight.detach()
             weight = weight if kind == "fp32" else weight.half()
             embedding.weight = nn.Parameter(weight, requires_grad=False)
-
-
-# -------------------------------------------------------------------------------- on disk
-
-# A file is torch's zip archive followed by a trailer: MAGIC and the sha256 of the archive.
-MAGIC = b"FUSION01"
-TRAILER_BYTES = len(MAGIC) + 32
-
-
-class DamagedFile(OSError):
-    """A stored file that is missing, truncated, changed or not ours; str() is the message."""
-
-
-class _HashingWriter:
-    """What torch.save writes to: hashes and passes on.
-
-    A failing write is remembered rather than raised: torch would turn a full disk into a
-    RuntimeError about its zip archive.
-    """
-
-    def __init__(self, file):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
-
-    def write(self, data):
-        self.sha256.update(data)
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self):
-        pass
-
-
-def _write_aside(path, write, verify):
-    """Write a file under a temporary name, sync it, verify it, and only then give it its name.
-
-    write(file) fills it; verify(temporary path) rereads it and says whether it counts. Whatever
-    fails, the file that had the name before stays as it was. OSError names the path.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # reread from the disk, not from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if not verify(temporary):
-            raise DamagedFile(f"{path}: what was written does not read back the same")
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the new name itself durable
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
-            raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
-        raise
-
-
-def save_file(path, state):
-    """Save `state`, nested dicts and lists of tensors, numbers and strings, verified.
-
-    The file is reread and compared bit for bit before it takes its name. Returns {"sha256",
-    "bytes"} of the whole file. OSError: not written; DamagedFile: what came back differs.
-    """
-    result = {}
-
-    def write(file):
-        writer = _HashingWriter(file)
-        torch.save(state, writer)
-        if writer.error is not None:
-            raise writer.error
-        file.write(MAGIC + writer.sha256.digest())
-
-    def verify(temporary):
-        result.update(_check(temporary))
-        return _same(state, _load_checked(temporary))
-
-    _write_aside(path, write, verify)
-    return result
-
-
-def load_file(path):
-    """The state of a file that `save_file` wrote, on the CPU, after its sha256 has been checked.
-
-    Tensors are mapped from the file, so nothing is read twice. DamagedFile says what is wrong.
-    """
-    _check(path)
-    return _load_checked(path)
-
-
-def _check(path):
-    """{"sha256", "bytes"} of a whole file whose trailer is right; else DamagedFile."""
-    sha256 = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            ours = file.read(4) == b"PK\x03\x04"  # how a zip archive begins
-            file.seek(0)
-            # In pieces: a whole file of 800 MB would show in the peak that training reports.
-            for start in range(0, size - TRAILER_BYTES, 1 << 20):
-                sha256.update(file.read(min(1 << 20, size - TRAILER_BYTES - start)))
-            trailer = file.read()
-    except FileNotFoundError:
-        raise DamagedFile(f"{path}: missing") from None
-    if not trailer.startswith(MAGIC) or len(trailer) != TRAILER_BYTES:
-        reason = "truncated, or its end has changed" if ours else "not a file of this program"
-        raise DamagedFile(f"{path}: {reason} ({size:,} bytes)")
-    if trailer[len(MAGIC) :] != sha256.digest():
-        raise DamagedFile(f"{path}: damaged, its bytes do not match its sha256")
-    sha256.update(trailer)
-    return {"sha256": sha256.hexdigest(), "bytes": size}
-
-
-def _load_checked(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds; all mean that this is not our data
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise DamagedFile(f"{path}: refused, not plain tensors and numbers ({reason})") from None
-
-
-def _same(a, b):
-    """Whether two nested states are equal bit for bit (so NaN equals the same NaN)."""
-    if isinstance(a, torch.Tensor):
-        if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-            return False
-        a, b = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-        return torch.equal(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    return a == b or (a != a and b != b)
-
-
-def write_json(path, value):
-    """Write `value` as JSON, verified like `save_file`."""
-    text = json.dumps(value, indent=2).encode()
-    _write_aside(path, lambda file: file.write(text), lambda copy: copy.read_bytes() == text)
-
-
-# -------------------------------------------------------------------------------- backups
-
-
-def write_backup(folder, block, state, step, config):
-    """Keep the full-precision weights of a block: folder/block_<block>.pt and manifest.json.
-
-    state: flat {name: fp32 tensor}; step: of training; config: what JSON can hold. Returns the
-    manifest's entry {sha256, bytes, tensors: {name: [shape, dtype]}, step, config}. A backup that
-    is there already is kept if it holds the same bits (a run killed after the backup resumes
-    here), and FileExistsError if it does not: no backup is ever overwritten.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"block_{block}.pt"
-    if not path.exists():
-        config = json.loads(json.dumps(config))
-        save_file(path, {"tensors": dict(state), "step": step, "config": config})
-    entry, stored = _read_entry(path)
-    if not _same(dict(state), stored):
-        raise FileExistsError(f"{path}: holds other weights, not overwritten; use a new run_id")
-    manifest = _read_manifest(folder) if (folder / "manifest.json").exists() else {}
-    if manifest.get(path.stem) != entry:
-        write_json(folder / "manifest.json", {**manifest, path.stem: entry})
-    return entry
-
-
-def read_backup(folder, block):
-    """The state {name: fp32 tensor} of a block, checked against its own sha256 and the manifest.
-
-    DamagedFile names the file that is damaged, truncated or missing.
-    """
-    path = Path(folder) / f"block_{block}.pt"
-    manifest = _read_manifest(folder)
-    if path.stem not in manifest:
-        raise DamagedFile(f"{Path(folder) / 'manifest.json'}: has no entry for {path.stem}")
-    entry, state = _read_entry(path)
-    wrong = [key for key in entry if manifest[path.stem].get(key) != entry[key]]
-    if wrong:
-        raise DamagedFile(f"{path}: does not match its manifest.json in {', '.join(wrong)}")
-    return state
-
-
-def _read_entry(path):
-    """(what the manifest must say about a backup, the backup's state), from the file alone."""
-    file = _check(path)
-    content = _load_checked(path)
-    if not isinstance(content, dict) or content.keys() != {"tensors", "step", "config"}:
-        raise DamagedFile(f"{path}: not a backup of this program")
-    state = content["tensors"]
-    tensors = {name: [list(t.shape), str(t.dtype).split(".")[1]] for name, t in state.items()}
-    entry = {**file, "tensors": tensors, "step": content["step"], "config": content["config"]}
-    return entry, state
-
-
-def _read_manifest(folder):
-    path = Path(folder) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DamagedFile(f"{path}: missing") from None
-    except ValueError as error:
-        raise DamagedFile(f"{path}: damaged, not JSON ({error})") from None
-    if not isinstance(manifest, dict) or not all(isinstance(e, dict) for e in manifest.values()):
-        raise DamagedFile(f"{path}: damaged, not a manifest of backups")
-    return manifest

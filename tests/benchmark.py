@@ -33,29 +33,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import quant
 import train_gpt2_fusion as train
-from data_loader import DataConfig, UserError, load_config, one_line_errors
-from evaluate_gpt2 import MIB, keep_freed_memory, memory, memory_mib, pick_device
-from model import GPT, ModelConfig, compute_type
+from data_loader import UserError, load_config, one_line_errors, write_json
+from evaluate_gpt2 import keep_freed_memory, memory, memory_mib, pick_device, print_table
+from model import GPT, compute_type
 
 # name -> (stage, settings that differ from gpt2.yaml)
 NEXT_TOKEN = ["training.mode=standard", "training.time_step_masking=false"]
 VARIANTS = {
-    "stage 1": (0, []),
-    "stage 2": (1, []),
-    "stage 3": (2, []),
-    "stage 2, no adapters": (1, ["training.qlora_enabled=false"]),
-    "stage 3, no adapters": (2, ["training.qlora_enabled=false"]),
-    "stage 3, stored in fp32": (2, ["training.quantization_type=fp32"]),
-    "stage 3, stored in int4": (2, ["training.quantization_type=int4"]),
-    "stage 3, stored in nf4": (2, ["training.quantization_type=nf4"]),
-    "stage 3, gradient_checkpointing": (2, ["training.gradient_checkpointing=true"]),
+    "stage 0": (0, []),
+    "stage 1": (1, []),
+    "stage 2": (2, []),
+    "stage 1, no adapters": (1, ["training.qlora_enabled=false"]),
+    "stage 2, no adapters": (2, ["training.qlora_enabled=false"]),
+    "stage 2, stored in fp32": (2, ["training.quantization_type=fp32"]),
+    "stage 2, stored in int4": (2, ["training.quantization_type=int4"]),
+    "stage 2, stored in nf4": (2, ["training.quantization_type=nf4"]),
+    "stage 2, gradient_checkpointing": (2, ["training.gradient_checkpointing=true"]),
     "standard": (0, ["training.mode=standard"]),
     "standard, next-token": (0, NEXT_TOKEN),
-    "stage 1, freed memory returned": (0, []),
-    "stage 3, freed memory returned": (2, []),
+    "stage 0, freed memory returned": (0, []),
+    "stage 2, freed memory returned": (2, []),
     "standard, next-token, freed memory returned": (0, NEXT_TOKEN),
 }
-# Stage 3 at 4 x 256, 12 layers, rank 8, and with one of these changed.
+# Stage 2 at 4 x 256, 12 layers, rank 8, and with one of these changed.
 HALF = ["training.batch_size=4"]
 GROWTH = {
     "4 x 256, 12 layers, rank 8": (2, HALF),
@@ -85,8 +85,6 @@ class Variant:
             keep_freed_memory()
         index, settings = (VARIANTS | GROWTH)[name]
         self.config, self.training = configuration(args, settings)
-        if self.training.mode == "standard":
-            self.config = train.standard_config(self.config)
         stages = train.fusion_schedule(self.config, self.training)
         self.stage = stages[index]
         self.device = pick_device(self.training.device)
@@ -94,8 +92,10 @@ class Variant:
         self.tokens = made_up_tokens(self.config)
         self.model = GPT(self.config, blocks=0).to(self.device)
         for stage in stages[:index]:  # as if the stages before had run
+            train.grow(self.model, self.training)
             train.begin_stage(self.model, stage, self.training)
             quant.freeze_block(self.model, stage.block, self.training.quantization_type)
+        train.grow(self.model, self.training)
         self.optimizer = train.begin_stage(self.model, self.stage, self.training)
         self.loss_of = train.stage_loss(self.model, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -115,7 +115,7 @@ class Variant:
         return time.perf_counter() - start
 
     def held(self):
-        """Bytes of weights, gradients and optimizer state."""
+        """MiB of weights, gradients and optimizer state."""
         return memory(self.model, self.optimizer)["total"]
 
 
@@ -170,16 +170,15 @@ class Reference:
         return time.perf_counter() - start
 
     def held(self):
-        """Bytes of weights, gradients and optimizer state."""
+        """MiB of weights, gradients and optimizer state."""
         states = [t for s in self.optimizer.state.values() for t in s.values()]
-        return sum(t.nbytes for t in [*self.model.parameters(), *self.trained, *states])
+        return sum(t.nbytes for t in [*self.model.parameters(), *self.trained, *states]) / 2**20
 
 
 def configuration(args, settings):
     """(ModelConfig, TrainingConfig) of gpt2.yaml with a variant's settings."""
-    sections = {"model": ModelConfig, "training": train.TrainingConfig, "data": DataConfig}
-    config = load_config(ROOT / "gpt2.yaml", sections, args.preset, args.overrides + settings)
-    return config["model"], config["training"]
+    config = load_config(preset=args.preset, overrides=args.overrides + settings)
+    return config.model, config.training
 
 
 def made_up_tokens(config):
@@ -197,7 +196,7 @@ def take_block(name, args):
     figures = {
         "seconds": seconds[1:],  # the first step also allocates and prepares kernels
         "tokens": variant.training.batch_size * variant.config.seq_len,
-        "held_mib": variant.held() / MIB,
+        "held_mib": variant.held(),
         "peak_mib": memory_mib(variant.device)[1],
     }
     if variant.flops_per_token and variant.device.type == "cpu":  # where matmul_rate measures
@@ -238,7 +237,7 @@ def summary(blocks):
 
 def print_mix(table, shares):
     """One step of a whole fused run on average, beside every other kind of step."""
-    stages = [f"stage {k + 1}" for k in range(len(shares))]
+    stages = [f"stage {k}" for k in range(len(shares))]
     if not all(stage in table for stage in stages):
         return
     for suffix in ("", ", no adapters"):
@@ -279,16 +278,12 @@ def main(argv=None):
             print(f"round {number + 1}  {name:43s}  {median:.3f} s", file=sys.stderr, flush=True)
     table = {name: summary(blocks[name]) for name in chosen}
     print(f"{torch.get_num_threads()} threads, medians of {args.rounds} x {args.steps} steps\n")
-    print(f"{'step':43s}  s/step    quartiles  tokens/s  of limit  held MiB  peak MiB")
-    for name, row in table.items():
-        low, high = row["quartiles"]
-        limit = f"{row['share_of_limit']:.2f}" if "share_of_limit" in row else ""
-        print(f"{name:43s}  {row['seconds_per_step']:6.3f}  {low:.2f} - {high:.2f}"
-              f"  {row['tokens_per_second']:8,.0f}  {limit:>8s}"
-              f"  {row['held_mib']:8.0f}  {row['peak_mib']:8.0f}")
+    print_table({"step": "", "seconds_per_step": ".3f", "quartiles": ".2f",
+                 "tokens_per_second": ",.0f", "share_of_limit": ".2f", "held_mib": ".0f",
+                 "peak_mib": ".0f"}, [{"step": name, **row} for name, row in table.items()])
     print_mix(table, configuration(args, [])[1].block_steps)
     if args.json:
-        Path(args.json).write_text(json.dumps(table, indent=1))
+        write_json(args.json, table)
     return 0
 
 

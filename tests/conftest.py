@@ -1,6 +1,8 @@
-"""What the tests share: the repository on the path, a made-up vocabulary, a toy run's settings."""
+"""What the tests share: the repository on the path, toy sizes, a toy run's settings."""
 
+import dataclasses
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,18 +31,37 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    """Command-line arguments of a toy run on made-up text: bytes as vocabulary, no network.
+def toy_config(**changes):
+    """A ModelConfig of 3 blocks of one layer, small enough for anything; bytes as vocabulary."""
+    from data_loader import load_config
+
+    sizes = {"vocab_size": 257, "d_model": 32, "n_layers": 3, "n_heads": 2, "seq_len": 16,
+             "block_size": 1}  # fmt: skip
+    return dataclasses.replace(load_config().model, **(sizes | changes))
+
+
+def fails(main, arguments, capsys, *words):
+    """main(arguments) ends with status 2 and one line on stderr that holds all the words."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and len(error) < 600, error
+    for word in words:
+        assert str(word) in error, error
+
+
+def flip(path, position):
+    """Change one bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+def toy_arguments(folder):
+    """Command-line arguments of a toy run on made-up text, with the 256 bytes as vocabulary.
 
     The text has word order to learn: each word is followed by one of three others.
     """
-    import data_loader
-    import evaluate_gpt2
-
-    monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)  # scored one by one, after every toy run
-    ranks = {bytes([b]): b for b in range(256)}
-    monkeypatch.setattr(data_loader, "gpt2_ranks", lambda folder: ranks)
     rng = random.Random(0)
     paragraphs = []
     for _ in range(400):
@@ -49,7 +70,7 @@ def toy(monkeypatch, tmp_path):
             sentence.append(WORDS[word])
             word = (word * 3 + rng.randrange(3)) % len(WORDS)
         paragraphs.append(" ".join(sentence).capitalize() + f" {len(paragraphs)}.")
-    source = tmp_path / "text.txt"
+    source = folder / "text.txt"
     source.write_text("\n\n".join(paragraphs))
     settings = {
         "model.vocab_size": 257,
@@ -69,16 +90,49 @@ def toy(monkeypatch, tmp_path):
         "training.compute_type": "fp32",
         "training.device": "cpu",
         "training.run_id": "toy",
-        "training.folder": tmp_path / "checkpoints",
+        "training.folder": folder / "checkpoints",
         "data.source": source,
-        "data.folder": tmp_path / "data",
+        "data.folder": folder / "data",
     }
 
     def arguments(**changes):
         """toy(training__mode="standard") -> the argument list with that key changed."""
         changed = settings | {key.replace("__", "."): value for key, value in changes.items()}
-        config = ["--config", str(ROOT / "gpt2.yaml")]
-        return config + [f"{key}={value}" for key, value in changed.items()]
+        return [f"{key}={value}" for key, value in changed.items()]
 
-    arguments.folder = tmp_path / "checkpoints" / "toy"
+    arguments.folder = folder / "checkpoints" / "toy"
     return arguments
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """`toy_arguments` of a run in tmp_path."""
+    import evaluate_gpt2
+
+    monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)  # scored one by one, after every toy run
+    return toy_arguments(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a finished toy run, shared by all tests: only to be read."""
+    import evaluate_gpt2
+    import train_gpt2_fusion
+
+    toy = toy_arguments(tmp_path_factory.mktemp("trained"))
+    learn = {"training__max_steps": 20, "training__lr": 3e-3, "training__qlora_lr": 3e-2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_gpt2, "ROWS", 8)
+        assert train_gpt2_fusion.main(toy(**learn)) == 0
+    return toy.folder
+
+
+@pytest.fixture
+def run(trained, monkeypatch, tmp_path):
+    """A copy of that run, `toy` in checkpoints/ of the current folder, as a Run."""
+    import evaluate_gpt2
+
+    monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "checkpoints/toy")
+    return evaluate_gpt2.Run.named("toy")

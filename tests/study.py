@@ -33,8 +33,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_loader import UserError, one_line_errors, write_atomically
-from evaluate_gpt2 import MIB, read_metrics
+from data_loader import CORPUS, MERGES, UserError, one_line_errors, write_json
+from evaluate_gpt2 import Run
 
 RESULTS = ROOT / "data" / "results"
 STANDARD = "training.mode=standard"
@@ -127,8 +127,8 @@ def rows():
         "light-masks-2-layers": f"{light} model.n_layers=2 training.max_steps=2200",
         "light-masks-6-layers": f"{light} training.block_size=6 training.max_steps=1040",
     }
-    # From the weights of next-token-0, exported: python evaluate_gpt2.py --run next-token-0
-    # --precision fp32 --export next-token-gpt2
+    # From the weights of next-token-0, exported: python evaluate_gpt2.py export next-token-gpt2
+    # --run next-token-0 --precision fp32
     started = "model.init_from=next-token-gpt2 training.max_steps=4600"
     pretrained = {
         "fused-from-gpt2": started,
@@ -207,8 +207,10 @@ def changed_copy(name, folder):
     """Copy the code into `folder` with an exercise's change. UserError where it does not fit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for path in [*ROOT.glob("*.py"), ROOT / "gpt2.yaml"]:
-        shutil.copy(path, folder)
+    for path in [*ROOT.glob("*.py"), ROOT / "gpt2.yaml", CORPUS, MERGES]:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
     for file, changes in exercises()[name].items():
         text = (folder / file).read_text()
         for old, new in changes:
@@ -236,22 +238,21 @@ def run(row, settings, threads, again):
                                 env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
     if status:
         raise UserError(f"{row} failed with status {status}; see {runs / f'{row}.log'}")
-    return figures(runs / row) | {"threads": threads}
+    return figures(Run(runs / row)) | {"threads": threads}
 
 
-def figures(folder):
+def figures(run):
     """What is kept of a run: its metrics; of each stage seconds, memory, validations, stability.
 
     largest_rise is that of the logged loss from one line to the next, in nats; largest_grad_norm
     that of the lines after step 100, before clipping (None in a shorter stage).
     """
-    result = json.loads((folder / "eval.json").read_text())
+    result = run.evaluation()
     keys = ("nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "bits_per_byte", "unigram",
             "rows", "train_seconds", "train_tokens")
-    stages = [{"steps": stage["step"], "seconds": stage["seconds"], "tokens": stage["tokens"],
-               "held_mib": stage["held"]["total"] / MIB, "peak_mib": stage["peak_mib"]}
-              for stage in result["memory"]["stages"]]
-    validations, steps = (read_metrics(folder, event) for event in ("validation", "step"))
+    kept = ("steps", "seconds", "tokens", "held_mib", "peak_mib")
+    stages = [{key: stage[key] for key in kept} for stage in result["memory"]["stages"]]
+    validations, steps = (run.metrics(event) for event in ("validation", "step"))
     for number, stage in enumerate(stages):
         seen = [(line["cross_entropy"], line["step"]) for line in validations
                 if line["stage"] == number]
@@ -360,7 +361,7 @@ def main(argv=None):
             for row, result in zip(todo, results):
                 path = results_of(row)
                 table = read(path) | {row: {"command": command_of(row, every[row])} | result}
-                write_atomically(path, json.dumps(table, indent=1).encode())
+                write_json(path, table)
                 best = result["left_to_right"] and round(min(result["left_to_right"]), 3)
                 print(f'{row}: {result["train_seconds"]:.0f} s, NELBO_12 '
                       f'{result["nelbo_12"]:.3f}, left to right {best}', flush=True)

@@ -3,11 +3,11 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-import train_gpt2_fusion as train
-from conftest import ROOT
+from conftest import ROOT, fails
 from evaluate_gpt2 import left_to_right
 from test_model import toy_model
 
@@ -27,28 +27,38 @@ def test_figures_of_text_by_hand():
     assert samples.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
 
 
-def test_every_way_to_sample_is_measured(toy, capsys):
-    assert train.main(toy()) == 0
-    evaluated = (toy.folder / "eval.json").read_bytes()
-    command = ["toy", "--folder", str(toy.folder.parent), "--samples", "2"]
+def test_every_way_to_sample_is_measured(run, capsys):
+    evaluated = (run.folder / "eval.json").read_bytes()
+    command = ["toy", "--samples", "2"]
     # the run judges itself
     assert samples.main([*command, "--judge", "toy", "--temperature", "0.9"]) == 0
-    table = json.loads((toy.folder / "samples.json").read_text())["table"]
-    assert [(row["order"], row["depth"]) for row in table] == [
-        ("ancestral", "by noise"), ("ancestral", "full"), ("confidence", "by noise"),
-        ("confidence", "full"), ("left to right", "exit 2"), ("validation text", "")]  # fmt: skip
+    result = json.loads((run.folder / "samples.json").read_text())
+    assert (result["samples"], result["tokens"], result["judge"]) == (2, 31, "toy")
+    table = result["table"]
+    assert [(row["order"], row.get("depth")) for row in table] == [
+        ("ancestral", "by noise"), ("ancestral", "exit 2"), ("confidence", "by noise"),
+        ("confidence", "exit 2"), ("left-to-right", "exit 2"), ("validation text", None)]  # fmt: skip
     assert all(0 < row["layers"] for row in table[:5]) and table[4]["layers"] == 31 * 6
     assert table[0]["layers"] < table[1]["layers"] and table[2]["layers"] < table[3]["layers"]
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
-    assert "times as fast" in capsys.readouterr().out
-    assert (toy.folder / "eval.json").read_bytes() == evaluated
+    printed = capsys.readouterr().out
+    assert "2 samples of 31 tokens" in printed and "judge: toy" in printed
+    assert f"{table[3]['judge_perplexity']:.1f}" in printed
+    assert (run.folder / "eval.json").read_bytes() == evaluated
     assert samples.main([*command, "--length", "5", "--steps", "3"]) == 0
-    result = json.loads((toy.folder / "samples.json").read_text())
-    assert result["tokens"] == 5 and result["table"][1]["layers"] == 3 * 6
+    result = json.loads((run.folder / "samples.json").read_text())
+    assert result["tokens"] == 5 and result["table"][3]["layers"] == 3 * 6
     assert all(row["judge_perplexity"] is None for row in result["table"])
-    for wrong in (["--length", "1"], ["--samples", "0"], ["--top-p", "2"], ["--judge", "none"]):
-        capsys.readouterr()
-        assert samples.main([*command, *wrong]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error:") and len(error.strip().splitlines()) == 1
-        assert wrong[0] in error or wrong[1] in error
+
+
+def test_mistakes_end_in_one_line(run, capsys):
+    for wrong in (["--length", "1"], ["--samples", "0"], ["--top-p", "2"]):
+        fails(samples.main, ["toy", *wrong], capsys, wrong[0])
+    fails(samples.main, ["toy", "--length", "40"], capsys, "at most 31 tokens")
+    fails(samples.main, ["toy", "--judge", "none"], capsys, "'none'")
+    fails(samples.main, ["none"], capsys, "'none'", "toy")
+    path = Path("checkpoints/toy/config.json")
+    tree = json.loads(path.read_text())
+    tree["model"]["attention_mode"] = "bidirectional"
+    path.write_text(json.dumps(tree))
+    fails(samples.main, ["toy", "--judge", "toy"], capsys, "toy cannot judge", "causal")

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 import train_gpt2_fusion
-from conftest import ROOT
-from data_loader import DataConfig, UserError, load_config
-from model import ModelConfig
-from train_gpt2_fusion import TrainingConfig, fusion_schedule
+from conftest import ROOT, toy_config
+from data_loader import UserError, load_config
+from evaluate_gpt2 import Run
+from train_gpt2_fusion import fusion_schedule
 
 sys.path.insert(0, str(ROOT / "tests"))
 import study
@@ -26,21 +26,14 @@ def test_every_row_is_a_valid_configuration(row):
     preset = "tiny" if "tiny" in arguments else None
     assert (preset is None) == row.startswith("small-")
     overrides = [argument for argument in arguments if "=" in argument]
-    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
-    config = load_config(ROOT / "gpt2.yaml", sections, preset, overrides)
-    assert config["training"].run_id == row
-    if config["training"].mode == "fused":
-        stages = fusion_schedule(config["model"], config["training"])
-        assert sum(stage.steps for stage in stages) == config["training"].max_steps
+    config = load_config(preset=preset, overrides=overrides)
+    assert config.training.run_id == row
+    if config.training.mode == "fused":
+        stages = fusion_schedule(config.model, config.training)
+        assert sum(stage.steps for stage in stages) == config.training.max_steps
         short = row.startswith("small-tune-")  # their warm-ups are cut to half of the stage
-        least = 1 if short else config["training"].warmup_steps
+        least = 1 if short else config.training.warmup_steps
         assert min(stage.steps for stage in stages) > least
-
-
-def test_gpt2_yaml_and_the_dataclasses_have_the_same_defaults():
-    sections = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
-    config = load_config(ROOT / "gpt2.yaml", sections)
-    assert config == {name: kind() for name, kind in sections.items()}
 
 
 def test_exercises_that_need_code_are_found_in_the_readme():
@@ -83,8 +76,7 @@ def test_exercises_change_what_they_say(tmp_path):
     left = importlib.util.module_from_spec(spec)
     sys.modules["left"] = left
     spec.loader.exec_module(left)
-    config = left.ModelConfig(vocab_size=20, d_model=8, n_layers=1, n_heads=1, seq_len=8,
-                              total_blocks=1, block_size=1, block_mask_ranges=((0.0, 1.0),))
+    config = toy_config(n_layers=1, seq_len=8, total_blocks=1, block_mask_ranges=((0.0, 1.0),))
     x = torch.full((1, 8), config.mask_id)
     x[0, 0] = 1
     x = left.confident_step(left.GPT(config), x, 4, 0)
@@ -93,7 +85,7 @@ def test_exercises_change_what_they_say(tmp_path):
 
 def test_figures_of_a_run(toy):
     assert train_gpt2_fusion.main(toy()) == 0
-    figures = study.figures(toy.folder)
+    figures = study.figures(Run(toy.folder))
     result = json.loads((toy.folder / "eval.json").read_text())
     assert figures["nelbo_12"] == result["nelbo_12"] and len(figures["cross_entropy"]) == 13
     assert [stage["steps"] for stage in figures["stages"]] == [6, 3, 3]
@@ -106,7 +98,7 @@ def test_figures_of_a_run(toy):
     assert best[0]["best"] == min(line["cross_entropy"] for line in seen[:2])
     result["left_to_right"][1] = float("nan")  # exercise shift-off
     (toy.folder / "eval.json").write_text(json.dumps(result))
-    figures = study.figures(toy.folder)
+    figures = study.figures(Run(toy.folder))
     assert figures["left_to_right"] is None and figures["bits_per_byte"]["left_to_right"] is None
 
 
@@ -123,7 +115,7 @@ def test_stability_of_a_run(toy):
                                       (9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.5)):
         line |= {"step": step, "loss": loss, "grad_norm": norm}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stages = study.figures(toy.folder)["stages"]
+    stages = study.figures(Run(toy.folder))["stages"]
     assert [stage["largest_rise"] for stage in stages] == [0.25, 0, 0.25]
     assert [stage["largest_grad_norm"] for stage in stages] == [2.0, None, 0.5]
 
