@@ -53,6 +53,10 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"--{argument[1]}: write {meant_by(argument[1])}")
         raise UserError(f"{message}; see {self.prog} --help")
 
+    def exit(self, status=0, message=None):
+        print(end="", flush=True)  # --help into a closed pipe
+        super().exit(status, message)
+
 
 def one_line_errors(main):
     """Decorate a script's main(argv): what a user can mend becomes one line and status 2.
@@ -65,7 +69,9 @@ def one_line_errors(main):
         with contextlib.suppress(AttributeError):  # a terminal that cannot show a character
             sys.stdout.reconfigure(errors="replace")
         try:
-            return main(*args, **kwargs) or 0
+            status = main(*args, **kwargs) or 0
+            print(end="", flush=True)  # so that a closed pipe is met here, not at the exit
+            return status
         except BrokenPipeError:  # `| head` has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 0
@@ -75,8 +81,9 @@ def one_line_errors(main):
         except (MemoryError, RuntimeError) as error:  # torch has no one type of its own for it
             if not re.search("MemoryError|out of memory|t allocate memory|ALLOC_F", repr(error)):
                 raise
-            text = ("out of memory: halve training.batch_size and double "
-                    "training.gradient_accumulation, or choose a smaller model")
+            text = ("out of memory: what was asked for is too large (model, context, rank or "
+                    "text); if it is only the batch, halve training.batch_size and double "
+                    "training.gradient_accumulation")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -396,7 +403,7 @@ class TrainingConfig:
             ("beta2 lr_min_share qlora_dropout", *SHARE),
             ("block_steps", lambda shares: min(shares, default=0) > 0, "above 0"),
             ("block_steps", lambda shares: sum(shares) < math.inf, "of a finite sum"),
-            ("run_id", lambda name: re.fullmatch(r"[^-./\\][^/\\]*", name), "a plain folder name"),
+            ("run_id", re.compile(r"[^-./\\\0][^/\\\0]*").fullmatch, "a plain folder name"),
             ("folder device", *FILLED),
         )  # fmt: skip
 
@@ -677,6 +684,8 @@ def source_files(source):
     files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not files:
         raise UserError(f"data.source: the folder {source} holds no .txt")
+    if not all(file.is_file() for file in files):
+        raise UserError(f"data.source: {source} is not a regular file or a folder of such")
     return files
 
 
@@ -715,7 +724,7 @@ def read_examples(source, num_examples):
 
 
 def load_tokens(config, vocab_size):
-    """The tokens of a text: train and val, each uint16 (n_tokens,), read-only, and their sha256.
+    """The tokens of a text: train and val, each uint16 (n_tokens,), and their sha256.
 
     Every example is followed by <|endoftext|>. They are kept in the data folder, in files that name
     the text and the vocabulary from which they were made, and made again from another.

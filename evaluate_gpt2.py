@@ -39,6 +39,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -283,10 +284,7 @@ class Run:
         """
         if self.weights:
             model = GPT.from_pretrained(self.weights, self.config.model)
-            try:
-                quant.freeze_block(model, 0, precision or self.config.training.quantization_type)
-            except ValueError as error:
-                raise UserError(f"{self.weights}: {error}") from None
+            quant.freeze_block(model, 0, precision or self.config.training.quantization_type)
             return model.to(device)
         model, state, _ = self.resume(device, precision)
         if model is None:
@@ -733,7 +731,8 @@ RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
 
 def watcher(encoding, mask_id):
     """watch(m, x) for `sample`. On a terminal the text is redrawn in place, each token in the
-    colour of the step that revealed it; elsewhere every time step is one plain line."""
+    colour of the step that revealed it, as far as the window reaches; elsewhere every step is one
+    plain line."""
     live = sys.stdout.isatty()
     step, n_lines, born = 0, 0, {}
 
@@ -753,15 +752,33 @@ def watcher(encoding, mask_id):
         if not live:
             print(f"m {m:.2f}  " + "".join(character for character, _ in cells), flush=True)
             return
-        width = shutil.get_terminal_size().columns
-        lines = [cells[i : i + width] for i in range(0, len(cells), width)]
+        width, height = shutil.get_terminal_size()
+        lines = wrapped(cells, width - 1)[: height - 2]
         up = f"\033[{n_lines}A" if n_lines else ""
-        drawn = ("".join(f"\033[0;{code}m{c}" for c, code in line) for line in lines)
+        drawn = [f"m {m:.2f}: ░ is [MASK], a colour the step that revealed a token"[:width]]
+        drawn += ["".join(f"\033[0;{code}m{c}" for c, code in line) for line in lines]
         print(f"{up}\r\033[J" + "\033[0m\n".join(drawn) + "\033[0m", flush=True)
-        n_lines = len(lines)
+        n_lines = len(drawn)
         time.sleep(0.3)
 
     return watch
+
+
+def wrapped(cells, width):
+    """Cells (character, colour) as lines of at most `width` columns, broken at spaces if possible;
+    Chinese characters and their like take two columns."""
+    lines, line, columns = [], [], 0
+    for cell in cells:
+        size = 2 if unicodedata.east_asian_width(cell[0]) in "WF" else 1
+        if columns + size > width:
+            spaces = [i for i, (character, _) in enumerate(line) if character == " "]
+            cut = spaces[-1] + 1 if spaces and len(line) - spaces[-1] < width // 2 else len(line)
+            lines.append(line[:cut])
+            line = line[cut:]
+            columns = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c, _ in line)
+        line.append(cell)
+        columns += size
+    return [*lines, line]
 
 
 def sample_text(model, training, prompt="", length=None, order=None, watch=False, say=print, **how):
@@ -906,12 +923,12 @@ def kind_of_run(config):
 
 def compare(runs):
     """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
-    rows, scored = [], set()
+    rows, texts, scored = [], set(), set()
     for run in runs:
         result, data = run.evaluation(), run.config.data
         model, training = run.config.model, run.config.training
-        scored.add((run.tokens_sha256, model.vocab_size, model.seq_len, result["rows"],
-                    data.num_examples))
+        texts.add((data.source, data.num_examples))
+        scored.add((run.tokens_sha256, model.vocab_size, model.seq_len, result["rows"]))
         stages, exits = result["memory"]["stages"], result["left_to_right"]
         row = {
             "run": run.name, "trained": kind_of_run(run.config),
@@ -929,7 +946,9 @@ def compare(runs):
                  "held_mib": ",.0f", "peak_mib": ",.0f", "nelbo_12": ".3f", "nelbo": ".3f",
                  "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
     print("left_to_right is that of the best exit; bits are per byte of text")
-    if len(scored) > 1:
+    if len(texts) > 1:
+        print("note: these runs were scored on different texts: their figures cannot be compared")
+    elif len(scored) > 1:
         print("note: these runs were scored on different rows or vocabularies: only their bits per "
               "byte can be compared")
 
@@ -942,10 +961,11 @@ def precision_table(run, device, full=False):
     config, training = run.config.model, run.config.training
     rows = validation_rows(run.tokens()[1], config.seq_len, None if full else ROWS)
     masked, table = training.time_step_masking, []
-    for kind in quant.KINDS:
+    for kind in quant.KINDS:  # fp32 is the first
         model = run.load(kind, device).eval()
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
-        exact = linears if kind == "fp32" else exact  # fp32 is the first of quant.KINDS
+        if kind == "fp32":
+            exact = linears
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
         row = {"storage": kind, "layers_mib": stored / MIB, "bits_per_weight": 8 * stored / count,
@@ -957,7 +977,8 @@ def precision_table(run, device, full=False):
             row["left_to_right"] = exits = left_to_right(model, rows)
             row["nelbo_12"] = nelbo_12(model, rows, training.seed)[0] if masked else None
         nats = row["nelbo_12"] if masked else min(exits)
-        reference = nats if kind == "fp32" else reference
+        if kind == "fp32":
+            reference = nats
         table.append(row | {"to_fp32": nats - reference, "perplexity": math.exp(nats)})
     print(f"{run.name}, {len(rows)} validation rows; left_to_right: exits 0, 1, ...\n")
     print_table({"storage": "", "layers_mib": ".1f", "bits_per_weight": ".3f",
@@ -1025,8 +1046,8 @@ def plot_loss(axes, runs, device):
                 axes.axvline(done, color=colour, linestyle=":")
             if len(runs) == 1:
                 m = stage["time_steps"]
-                axes.text(done, 1.01, f' stage {stage["block"]}: m {m[0]:g} to {m[-1]:g}',
-                          transform=axes.get_xaxis_transform(), fontsize=11)
+                axes.text(done, 0.98, f' stage {stage["block"]}: m {m[0]:g} to {m[-1]:g}',
+                          transform=axes.get_xaxis_transform(), fontsize=11, rotation=90, va="top")
             done += stage["steps"]
     axes.set(xlabel="step", ylabel="nats per scored token; dashed: validation")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
@@ -1053,7 +1074,8 @@ def plot_cross_entropy(axes, runs, device):
                       color=colour, marker="os^Dv"[block % 5],
                       label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
-    axes.set_title(f"{PLOT_ROWS} validation rows; marked where the exit owns m", fontsize=12)
+    axes.set_title(f"{PLOT_ROWS} validation rows; solid where the exit owns m, dashed elsewhere",
+                   fontsize=12)
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
 
@@ -1162,6 +1184,8 @@ def parse(argv):
 def export(run, target, precision=None):
     """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
     the layout cannot hold it, or `target` holds something already."""
+    if not target.strip():
+        raise UserError("name a new folder to export to")
     target = Path(target)
     if any((target / name).exists() for name in ("config.json", "model.safetensors")):
         raise UserError(f"{target} holds a model or run already; name a new folder")

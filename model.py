@@ -676,7 +676,8 @@ def _read_description(path, config=None):
                 raise ValueError(f"{key} {description[key]!r} is not supported, only {value!r}")
         sizes = {ours: description.get(theirs) for theirs, ours in PRETRAINED_SIZES.items()}
         if not all(type(size) is int and size < 2**20 for size in sizes.values()):
-            raise ValueError(f"{', '.join(PRETRAINED_SIZES)} must all be there, as whole numbers")
+            raise ValueError(f"{', '.join(PRETRAINED_SIZES)} must all be there, as whole numbers "
+                             "below 2^20")
         found = ModelConfig(
             **sizes, attention_mode="causal", dropout=0.0, init_from=str(path.parent),
             total_blocks=1, block_size=sizes["n_layers"], block_mask_ranges=((0.0, 1.0),),

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data_loader import UserError
+
 KINDS = ("fp32", "fp16", "int4", "nf4")
 
 # QLoRA, appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
@@ -254,10 +256,14 @@ def convert_(module, kind, group_size=64):
 def freeze_block(model, block, kind):
     """Convert a finished block of a model.GPT in place: its linears to `kind`, the rest frozen.
 
-    With block 0 the embeddings go too: fp16, or fp32 where `kind` is fp32.
+    With block 0 the embeddings go too: fp16, or fp32 where `kind` is fp32. UserError where weights
+    are too large for `kind`.
     """
     for layer in model.layers_of(block):
-        convert_(layer, kind).eval()
+        try:
+            convert_(layer, kind).eval()
+        except ValueError as error:
+            raise UserError(f"block {block}: {error}; choose another storage") from None
     model.exit_norms[block].requires_grad_(False)
     if block == 0:
         for embedding in (model.wte, model.wpe):

@@ -5,7 +5,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -30,6 +33,27 @@ def refused(function, *words):
 # --- errors --------------------------------------------------------------------------------------
 
 
+def script(*arguments, stdout=subprocess.PIPE, **environment):
+    """data_loader.py with these arguments in a process of its own, which ends with status 0."""
+    environment = os.environ | {"PYTHONUNBUFFERED": ""} | environment
+    done = subprocess.run([sys.executable, "data_loader.py", *arguments], cwd=ROOT, stdout=stdout,
+                          stderr=subprocess.PIPE, env=environment)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def test_a_closed_pipe_ends_quietly_and_ascii_ends_in_no_traceback(tmp_path):
+    config = own_text(tmp_path, "\n".join(prose(20)), "é🦉.txt")
+    prepare = ["--prepare", "--source", config.source, f"data.folder={tmp_path / 'data'}"]
+    read, write = os.pipe()
+    os.close(read)  # what `| head -1` does when it has its line
+    for arguments in (["--help"], prepare):
+        script(*arguments, stdout=write)
+    os.close(write)
+    out = script(*prepare, PYTHONIOENCODING="ascii")
+    assert b"??.txt, vocabulary 50257" in out and b"??.txt, vocabulary 4096" in out
+
+
 def test_one_line_errors(capsys):
     def failing(error):
         def main(argv=None):
@@ -49,10 +73,11 @@ def test_one_line_errors(capsys):
         with pytest.raises(type(error)):
             failing(error)()
     for too_much in (torch.empty, np.empty):
-        fails(d.one_line_errors(lambda argv: too_much(10**15)), [], capsys, "out of memory: halve")
+        fails(d.one_line_errors(lambda argv: too_much(10**15)), [], capsys, "out of memory: what")
     for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
                  "MPS backend out of memory (MPS allocated: 9 GB)"):  # fmt: skip
-        fails(failing(RuntimeError(text)), [], capsys, "out of memory: halve training.batch_size")
+        # The batch is one of several things that may be too large.
+        fails(failing(RuntimeError(text)), [], capsys, "out of memory", "rank", "only the batch")
 
 
 # --- the one writer ------------------------------------------------------------------------------
@@ -649,6 +674,8 @@ def test_a_folder_gives_the_last_tenth_of_each_file(tmp_path):
     b, a, c = (prose(20, number) for number in range(3))
     assert examples == {"train": a[:18] + b[:18] + c[:18], "val": a[18:] + b[18:] + c[18:]}
     small.mkdir()
+    refused(lambda: d.read_examples(str(small), 1000), f"the folder {small} holds no .txt")
+    refused(lambda: d.read_examples("/dev/zero", 1000), "/dev/zero is not a regular file")
     for number in range(7):  # files shorter than ten: still a tenth of all
         (small / f"{number}.txt").write_text("\n".join(prose(3, number)), encoding="utf-8")
     examples = d.read_examples(str(small), 1000)
@@ -726,6 +753,23 @@ def test_tokens_are_the_examples_with_separators(tmp_path, capsys, monkeypatch):
         again = load_tokens(config, vocab_size)
         assert np.array_equal(again[0], made[vocab_size][0]) and again[2] == made[vocab_size][2]
     assert capsys.readouterr().out == ""
+
+
+def test_another_process_may_write_the_files_meanwhile(tmp_path, monkeypatch):
+    """Two trainings with different texts and one data folder: each keeps its own tokens."""
+    config = own_text(tmp_path, "\n\n".join(prose(60)))
+    expected = load_tokens(config, 257)[2]
+    shutil.rmtree(config.folder)
+    real = d.write_tensors
+
+    def overwritten_at_once(path, tensors, facts):
+        real(path, tensors, facts)
+        real(path, {"tokens": torch.zeros(9, dtype=torch.uint16)}, facts | {"source": "other.txt"})
+
+    monkeypatch.setattr(d, "write_tensors", overwritten_at_once)
+    assert load_tokens(config, 257)[2] == expected
+    monkeypatch.undo()
+    assert load_tokens(config, 257)[2] == expected  # made anew, not taken for its own
 
 
 def test_another_or_a_changed_text_is_made_anew_and_said(tmp_path, capsys, monkeypatch):
@@ -820,6 +864,9 @@ def test_main_prepares_every_vocabulary_of_the_config(tmp_path, capsys):
     assert out.count("holds") == 2 and "made" not in out
     fails(d.main, [], capsys, "--prepare", "--help")
     fails(d.main, ["--prepare", "--sorce", "a"], capsys, "--sorce")
+    fails(d.main, ["--prepare", "--batch_size=4"], capsys,
+          "--batch_size=4: write training.batch_size=4")
+    fails(d.main, ["--prepare", "max_steps=3"], capsys, "max_steps=3: write training.max_steps=3")
     fails(d.main, ["--prepare", "--config", tmp_path / "no.yaml"], capsys, "no.yaml")
     mine.write_text("presets: 3")
     fails(d.main, ["--prepare", "--config", mine], capsys, "mine.yaml: presets must hold")

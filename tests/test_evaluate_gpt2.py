@@ -759,6 +759,8 @@ def test_compare_puts_runs_side_by_side(run, capsys):
     evaluated = Path("checkpoints/next/eval.json")
     evaluated.write_text(json.dumps(result | {"rows": 7}))
     assert "only their bits per byte can be compared" in out(capsys, "compare", "toy", "next")
+    set_config(Run.named("next"), "data", source="other.txt")
+    assert "different texts: their figures cannot" in out(capsys, "compare", "toy", "next")
     evaluated = Path("checkpoints/a copy/eval.json")
     good = evaluated.read_bytes()
     del result["bits_per_byte"]
@@ -825,6 +827,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys):
         (["sample", "--order", "left-to-right", "--steps", "3"], ["no time steps"]),
         (["compare"], ["RUN"]), (["compare", "toy", "none"], ["'none'"]),
         (["export"], ["FOLDER"]), (["export", run.folder], ["name a new folder"]),
+        (["export", ""], ["name a new folder"]),
     ):  # fmt: skip
         fails(e.main, command, capsys, *words)
     set_config(run, "model", attention_mode="bidirectional")
@@ -857,9 +860,23 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(e.time, "sleep", lambda seconds: None)
     printed = out(capsys, "sample", "--watch", "--steps", "3", "--length", "8")
-    assert printed.count("\033[1A\r\033[J") == 3  # one line, drawn four times
+    assert printed.count("\033[2A\r\033[J") == 3  # two lines, drawn four times
+    assert printed.count("m 0.33: ░ is [MASK]") == 1
+    monkeypatch.setattr(e.shutil, "get_terminal_size", lambda *_: os.terminal_size((12, 5)))
+    printed = out(capsys, "sample", "--watch", "--steps", "1", "--length", "31")
+    assert printed.count("\033[4A\r\033[J") == 1  # 31 masks are three lines of eleven; 5 - 2 fit
     assert printed.count("░") > 8 and f"38;5;{e.RAMP[0]}m" in printed
-    assert "░" not in printed[printed.rindex("\033[J") :]
+    assert printed[printed.rindex("\033[J") :].count("░") == 1  # in the heading
+
+
+def test_watched_text_is_broken_between_words_and_fits():
+    def lines(text, width):
+        wrapped = e.wrapped([(character, "0") for character in text], width)
+        return ["".join(character for character, _ in line) for line in wrapped]
+
+    assert lines("one three five", 12) == ["one three ", "five"]
+    assert lines("a" * 7, 3) == ["aaa", "aaa", "a"]
+    assert lines("国民的x", 5) == ["国民", "的x"]  # two columns each
 
 
 def test_a_run_is_sampled_the_way_it_was_trained(run, monkeypatch, capsys):
@@ -1004,6 +1021,12 @@ def test_pictures(run, weights, monkeypatch, capsys):
     fails(e.main, ["plot", "hf"], capsys, "run hf was not trained here")
 
 
+def test_a_run_without_metrics_has_no_losses_to_draw(run):
+    (run.folder / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="run toy was not trained here"):
+        e.plot_loss(None, [run], None)
+
+
 def test_what_the_pictures_show(run, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
@@ -1017,7 +1040,10 @@ def test_what_the_pictures_show(run, monkeypatch):
             lines = [line for line in run.metrics(event) if line["stage"] == stage]
             steps = tuple(before + line["step"] for line in lines)
             assert steps and (style, steps, tuple(line[key] for line in lines)) in drawn
+    labels = {text.get_text(): text.get_rotation() for text in loss.texts}
+    assert len(labels) == 3 and {*labels.values()} == {90}  # narrow stages' do not overlap
     e.plot_cross_entropy(ce, [run], torch.device("cpu"))
+    assert "dashed elsewhere" in ce.get_title()
     every, own = ce.get_lines()[::2], ce.get_lines()[1::2]
     steps = run.config.model.time_step_mask_fractions
     rows = validation_rows(run.tokens()[1], 32, 4)

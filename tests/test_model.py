@@ -52,27 +52,6 @@ def noise(rows, seed=0):
 # --- the network -----------------------------------------------------------------------------
 
 
-def test_impossible_configurations_are_named():
-    for named, changes in {
-        "n_heads 3 does not divide": {"n_heads": 3},
-        "must equal n_layers 7": {"n_layers": 7},
-        "attention_mode must be": {"attention_mode": "casual"},
-        "dropout must be": {"dropout": 1.0},
-        "seq_len must be at least 2": {"seq_len": 1},
-        "needs one range for each": {"block_mask_ranges": ((0.0, 0.4), (0.4, 1.0))},
-        "without hole": {"block_mask_ranges": ((0.0, 0.4), (0.5, 0.7), (0.7, 1.0))},
-        "or overlap": {"block_mask_ranges": ((0.0, 0.4), (0.3, 0.7), (0.7, 1.0))},
-        "must cover": {"block_mask_ranges": ((0.0, 0.4), (0.4, 0.7), (0.7, 0.9))},
-        "must be ascending": {"time_step_mask_fractions": (0.2, 0.1, 0.5, 0.8)},
-        "numbers in (0, 1]": {"time_step_mask_fractions": (0.0, 0.1, 0.5, 0.8)},
-        "(0, 1], not": {"time_step_mask_fractions": (0.1, 0.5, 1.1)},
-        "no time step in (0.4, 0.7]": {"time_step_mask_fractions": (0.1, 0.8)},
-    }.items():
-        with pytest.raises(ValueError) as caught:
-            dataclasses.replace(TOY, **changes)
-        assert named in str(caught.value) and next(iter(changes)) in str(caught.value)
-
-
 def test_gpt2_small_has_its_size():
     """GPT-2 Small has 124,439,808 parameters with 50,257 rows and 1,024 positions."""
     config = dataclasses.replace(load_config().model, seq_len=1024)
@@ -387,23 +366,18 @@ def test_no_head_gradient_where_the_embedding_is_frozen():
 
 def test_a_causal_training_step_never_waits_for_a_number_of_masks(monkeypatch, sizes):
     """nonzero makes a GPU's queue run empty. Bidirectional training needs it; causal does not."""
-    losses, x_0, m = {}, text(40), torch.full((40,), 0.5)
+    x_0, m = text(40), torch.full((40,), 0.5)
     x_t, mask = corrupt(x_0, m, noise(40), TOY.mask_id)
 
     def refuse(*_, **__):
         raise AssertionError("nonzero")
 
-    for name in ("nonzero", "masked_scatter", "item"):
-        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(torch.Tensor, "nonzero", refuse)
     monkeypatch.setattr(torch, "nonzero", refuse)
-    for attention in ("causal", "bidirectional"):
-        model = toy_model(attention_mode=attention)
-        losses[attention] = lambda model=model: diffusion_loss(model, x_0, x_t, mask, m, 1)[0]
-    losses["causal"]().backward()
+    diffusion_loss(toy_model(), x_0, x_t, mask, m, 1)[0].backward()
     assert sizes == [40 * 7]
     with pytest.raises(AssertionError, match="nonzero"):
-        losses["bidirectional"]()
-    monkeypatch.undo()
+        diffusion_loss(toy_model(attention_mode="bidirectional"), x_0, x_t, mask, m, 1)
 
 
 # --- the reverse process ---------------------------------------------------------------------

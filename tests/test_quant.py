@@ -120,6 +120,15 @@ def test_tiny_weights():
     assert snr_db(weight * 1e-30, quantize(weight * 1e-30, "nf4").dequantize()) > 20
 
 
+def test_small_groups_beside_large_ones_keep_their_signs():
+    """nf4 stores absmax by its distance to a center, rounded: it must not come out below zero."""
+    for largest in torch.linspace(3, 12, 50):
+        weight = normal(8, 256, seed=4)
+        weight[0, :64] *= 1e-3
+        weight[1, 0] = largest
+        assert (quantize(weight, "nf4").dequantize() * weight >= 0).all(), largest
+
+
 def test_one_outlier_leaves_the_other_groups_alone():
     """Over 12 seeds: int4 20.97 +- 0.05 dB, nf4 20.74 +- 0.05 and, at 1e6, 19.77 +- 0.09. Had its
     center been the mean, 1e6 would leave 7 dB."""
