@@ -101,6 +101,9 @@ class Run:
             self.config, self.tokens_sha256 = pretrained_config(path), None
             return
         file = self.folder / "config.json"
+        if self.has_checkpoint(path) and not file.exists():
+            raise UserError(f"{file} is missing, though there is a checkpoint; restore it, or "
+                            f"train anew with --overwrite (the old run is moved aside)")
         if not file.exists():
             have = sorted(file.parent.name for file in path.parent.glob("*/config.json"))
             raise UserError(f"no run {self.name!r}; there are: {', '.join(have) or 'none'}")
@@ -133,9 +136,15 @@ class Run:
 
     @classmethod
     def start(cls, folder, config, tokens_sha256):
-        """A new run in `folder`."""
+        """A new run in `folder`, where at most the beginning of one is that was never saved."""
+        (Path(folder) / "metrics.jsonl").unlink(missing_ok=True)
         write_json(Path(folder) / "config.json", config.tree() | {"tokens_sha256": tokens_sha256})
         return cls(folder)
+
+    @staticmethod
+    def has_checkpoint(folder):
+        """Whether a folder holds a run that can be gone on with."""
+        return (Path(folder) / "checkpoint.safetensors").exists()
 
     @staticmethod
     def lock(folder):
@@ -215,7 +224,7 @@ class Run:
     def state(self):
         """The State of the last checkpoint; None where there is none yet."""
         path = self.folder / "checkpoint.safetensors"
-        return State(**read_tensors(path)[1]) if path.exists() else None
+        return State(**read_tensors(path)[1]) if self.has_checkpoint(self.folder) else None
 
     def resume(self, device="cpu", precision=None):
         """Rebuild the run as of its last checkpoint: the one place that reads weights.

@@ -36,8 +36,8 @@ import lora
 import quant
 from data_loader import (DEFAULTS, Parser, UserError, load_config, load_tokens, one_line_errors,
                          rows_in, training_rows, validation_rows)
-from evaluate_gpt2 import (MIB, Run, State, cell, keep_freed_memory, kind_of_run, memory,
-                           memory_mib, pick_device, print_table, report, row_noise, score)
+from evaluate_gpt2 import (MIB, Run, State, cell, is_pretrained, keep_freed_memory, kind_of_run,
+                           memory, memory_mib, pick_device, print_table, report, row_noise, score)
 from model import (GPT, autocast, compute_type, corrupt, diffusion_loss, read_pretrained,
                    stratified, time_steps_of)
 
@@ -654,23 +654,23 @@ def open_run(folder, config, digest, resume, overwrite):
     """
     if process()[0]:
         return Run(folder), contextlib.nullcontext()
+    if is_pretrained(folder):
+        raise UserError(f"{folder} holds weights in Hugging Face's layout, no run of ours; choose "
+                        f"training.run_id=NAME")
     lock = Run.lock(folder)
     for path in folder.rglob(".*.tmp"):
         path.unlink()  # left by a process that was killed while it wrote
-    state = None
-    if (folder / "config.json").exists():
+    if not Run.has_checkpoint(folder):  # nothing to lose
+        if resume:
+            say(f"run {folder.name} has no checkpoint to resume from; it starts at the beginning")
+        return Run.start(folder, config, digest), lock
+    if not overwrite:  # else it is moved aside, damaged or not
         run = Run(folder)
         state = run.state()
-    if state is None:  # nothing to lose: not begun, or stopped before the first checkpoint
-        if resume and not (folder / "config.json").exists():
-            say(f"there is no run {folder.name} to resume; starting it")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        return Run.start(folder, config, digest), lock
-    if resume:
-        check_same_run(run, config, digest)
-        run.cut_metrics(state.metrics_bytes)
-        return run, lock
-    if not overwrite:
+        if resume:
+            check_same_run(run, config, digest)
+            run.cut_metrics(state.metrics_bytes)
+            return run, lock
         how = (f"is finished; evaluate it (python evaluate_gpt2.py --run {run})"
                if state.finished else f"exists; continue it with --resume {run}")
         raise UserError(f"run {run.name} {how}, train it anew with --overwrite (the old run is "
@@ -765,7 +765,8 @@ def main(argv=None):
             print_plan(trainer)
         signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                    if hasattr(signal, name)]  # fmt: skip
-        handlers = {number: signal.signal(number, trainer.stop) for number in signals}
+        handlers = {number: signal.signal(number, trainer.stop) for number in signals
+                    if signal.getsignal(number) != signal.SIG_IGN}  # nohup: stays ignored
         try:
             finished = trainer.train(model, optimizer_state)
         finally:

@@ -34,9 +34,9 @@ def refused(function, *words):
 
 
 def script(*arguments, stdout=subprocess.PIPE, **environment):
-    """data_loader.py with these arguments in a process of its own, which ends with status 0."""
+    """python with these arguments, in a process of its own that ends with status 0."""
     environment = os.environ | {"PYTHONUNBUFFERED": ""} | environment
-    done = subprocess.run([sys.executable, "data_loader.py", *arguments], cwd=ROOT, stdout=stdout,
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=stdout,
                           stderr=subprocess.PIPE, env=environment)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout
@@ -44,10 +44,12 @@ def script(*arguments, stdout=subprocess.PIPE, **environment):
 
 def test_a_closed_pipe_ends_quietly_and_ascii_ends_in_no_traceback(tmp_path):
     config = own_text(tmp_path, "\n".join(prose(20)), "é🦉.txt")
-    prepare = ["--prepare", "--source", config.source, f"data.folder={tmp_path / 'data'}"]
+    prepare = ["data_loader.py", "--prepare", "--source", config.source,
+               f"data.folder={tmp_path / 'data'}"]  # fmt: skip
+    unflushed = "import data_loader as d; exit(d.one_line_errors(lambda: print(1))())"
     read, write = os.pipe()
     os.close(read)  # what `| head -1` does when it has its line
-    for arguments in (["--help"], prepare):
+    for arguments in (["data_loader.py", "--help"], prepare, ["-c", unflushed]):
         script(*arguments, stdout=write)
     os.close(write)
     out = script(*prepare, PYTHONIOENCODING="ascii")

@@ -37,7 +37,8 @@ def test_every_way_to_sample_is_measured(run, capsys):
     table = result["table"]
     assert [(row["order"], row.get("depth")) for row in table] == [
         ("ancestral", "by noise"), ("ancestral", "exit 2"), ("confidence", "by noise"),
-        ("confidence", "exit 2"), ("left-to-right", "exit 2"), ("validation text", None)]  # fmt: skip
+        ("confidence", "exit 2"), ("left-to-right", "exit 2"), ("validation text", None),
+    ]  # fmt: skip
     assert all(0 < row["layers"] for row in table[:5]) and table[4]["layers"] == 31 * 6
     assert table[0]["layers"] < table[1]["layers"] and table[2]["layers"] < table[3]["layers"]
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)

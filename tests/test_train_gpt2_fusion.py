@@ -705,7 +705,7 @@ def test_a_run_without_a_checkpoint_starts_anew(toy, no_report, monkeypatch, cap
     assert Run(toy.folder).config.training.lr == 9e-4
     capsys.readouterr()
     assert train.main([*toy(training__run_id="new"), "--resume"]) == 0
-    assert "there is no run new to resume; starting it" in capsys.readouterr().out
+    assert "run new has no checkpoint to resume from" in capsys.readouterr().out
 
 
 def test_a_second_process_on_a_run_is_refused(toy, no_report, capsys):
@@ -1104,3 +1104,52 @@ def test_a_tilde_is_the_home_folder(toy, no_report, monkeypatch, tmp_path):
     assert train.main(toy(training__folder="~/runs", data__folder="~/data")) == 0
     assert (tmp_path / "home" / "runs" / "toy" / "checkpoint.safetensors").exists()
     assert (tmp_path / "home" / "data" / "train_257.bin").exists()
+
+
+def test_a_folder_of_pretrained_weights_is_no_run(toy, no_report, tmp_path, capsys):
+    shutil.copytree(ROOT / "tests" / "gpt2_golden", toy.folder)
+    files = {path.name: path.read_bytes() for path in toy.folder.iterdir()}
+    for arguments in (toy(), [*toy(), "--resume"], [*toy(), "--overwrite"]):
+        fails(train.main, arguments, capsys, toy.folder, "weights")
+        assert {path.name: path.read_bytes() for path in toy.folder.iterdir()} == files
+
+
+def test_resume_of_a_pretrained_folder(toy, no_report, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests" / "gpt2_golden", tmp_path / "hf")
+    before = (tmp_path / "hf" / "config.json").read_bytes()
+    arguments = ["--resume", "hf", f"data.source={tmp_path / 'text.txt'}", "training.max_steps=2"]
+    try:
+        train.main(arguments)
+    finally:
+        assert (tmp_path / "hf" / "config.json").read_bytes() == before
+
+
+def test_a_saved_run_without_its_config_is_not_overwritten(toy, no_report, capsys):
+    assert train.main(toy()) == 0
+    before = (toy.folder / "checkpoint.safetensors").read_bytes()
+    (toy.folder / "config.json").unlink()
+    for option in ([], ["--resume"]):
+        fails(train.main, [*toy(training__seed=1), *option], capsys, "config.json")
+        assert (toy.folder / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.safetensors"])
+def test_a_damaged_run_can_be_moved_aside(toy, no_report, capsys, name):
+    assert train.main(toy()) == 0
+    path = toy.folder / name
+    path.write_bytes(path.read_bytes()[:50])
+    fails(train.main, toy(), capsys, name, "damaged")
+    assert train.main([*toy(), "--overwrite"]) == 0
+    assert (toy.folder.with_name("toy.old-1") / name).stat().st_size == 50
+
+
+def test_an_ignored_signal_stays_ignored(toy, no_report, monkeypatch):
+    """nohup python train_gpt2_fusion.py"""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_in(monkeypatch, 2, signal.SIGHUP)
+        assert train.main(toy()) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, handler)
