@@ -11,6 +11,7 @@ Read from top to bottom:
 4. `tokenizer`                                 the first ranks of GPT-2's byte-pair encoding
 5. `read_examples`, `load_tokens`              a text, and its tokens in the data folder
 6. `training_rows`, `validation_rows`          batches
+7. `main`                                      `--prepare`
 """
 
 import argparse
@@ -646,6 +647,11 @@ def tokenizer(vocab_size):
 
     Merges are ordered and the 256 bytes come first, so every prefix of them is a lossless BPE.
     Encode text with `encode_ordinary`. UserError unless 257 <= vocab_size <= 50257.
+
+    Another tokenizer goes here: an object with n_vocab = vocab_size, eot_token = vocab_size - 1,
+    encode_ordinary, encode_ordinary_batch, decode and decode_single_token_bytes, and ids below
+    65,536. Change what stands under "merges" in `load_tokens` with it, so that no tokens of the
+    old one are used.
     """
     if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")

@@ -16,7 +16,7 @@ Read from top to bottom:
 
 1. `Run`             a run on disk: configuration, metrics, backups, checkpoint, evaluation
 2. `score`           the one primitive that all metrics use; `nelbo_12`, `nelbo`, `left_to_right`
-3. `memory`          what training holds, and what the process takes
+3. `pick_device`, `memory`   the machine: devices, what training holds, what the process takes
 4. `sample`          text, in every order
 5. `report`, `compare`, `precision_table`   tables, by one `print_table`
 6. `plot`            pictures
@@ -227,7 +227,7 @@ class Run:
         return State(**read_tensors(path)[1]) if self.has_checkpoint(self.folder) else None
 
     def resume(self, device="cpu", precision=None):
-        """Rebuild the run as of its last checkpoint: the one place that reads weights.
+        """Rebuild the run as of its last checkpoint: the one place that reads its weights.
 
         Finished blocks come from their backups and are stored in `precision` (None: the run's own
         quantization_type), all else from the checkpoint, in fp32.
@@ -992,7 +992,7 @@ def precision_table(run, device, full=False):
     print(f"{run.name}, {len(rows)} validation rows; left_to_right: exits 0, 1, ...\n")
     print_table({"storage": "", "layers_mib": ".1f", "bits_per_weight": ".3f",
                  "signal_to_noise_db": ".2f", "weights_mib": ".1f", "nelbo_12": ".4f",
-                 "perplexity": ".1f", "to_fp32": "+.4f", "left_to_right": ".4f"}, table)
+                 "perplexity": ".1f", "to_fp32": "+z.4f", "left_to_right": ".4f"}, table)
     return table
 
 
@@ -1128,7 +1128,7 @@ def number(kind, least, most=math.inf):
     return parse
 
 
-# What the first edition called them.
+# Options of earlier versions, and the commands that took their place.
 MOVED = {"--precision all": "precision", "--prompt": "sample PROMPT", "--plot": "plot RUN ...",
          "--compare": "compare RUN ...", "--export": "export FOLDER", "--folder": "--run PATH",
          "--left-to-right": "sample --order left-to-right", "--watch": "sample --watch"}

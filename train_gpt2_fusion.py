@@ -195,7 +195,8 @@ def train_mode(model, stage):
 def store_blocks(run, model, blocks, state, step):
     """Back up blocks as they are after `step` steps, verified on disk; then convert them in place.
 
-    From here on no stage changes what their exits compute.
+    From here on no stage changes what their exits compute: later stages train other parameters,
+    and adapters act only while their own exit is read (`GPT.hidden`, `LoRALinear.forward`).
     """
     for block in blocks:
         seal = run.back_up(model, block, step) if process()[0] == 0 else ""
@@ -636,7 +637,8 @@ def print_plan(trainer):
         # their time outside the matrix products.
         efficiency = 0.6 if c.d_model >= 512 else 0.45
         say(f"\nno GPU: about {clock(flops / (matmul_rate(c, dtype) * efficiency))} of training "
-            f"(threads per process: {torch.get_num_threads()}), then the evaluation")
+            f"on an idle machine (threads per process: {torch.get_num_threads()}), then the "
+            f"evaluation")
     say()
     trainer.record("plan", stages=[asdict(stage) for stage in trainer.stages])
 
