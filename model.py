@@ -408,8 +408,8 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
 
     Args:
         x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
-        rows: number to divide by (None: B). With micro-batches, the rows of the whole batch, so
-            that their losses and gradients add up to the batch's.
+        rows: number to divide by (None: B). With micro-batches, the rows of all of them, so that
+            their losses and gradients add up.
 
     Returns:
         loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's

@@ -269,4 +269,6 @@ def freeze_block(model, block, kind):
         for embedding in (model.wte, model.wpe):
             weight = embedding.weight.detach()
             weight = weight if kind == "fp32" else weight.half()
+            if not torch.isfinite(weight).all():
+                raise UserError("the embeddings have values too large for fp16; choose fp32")
             embedding.weight = nn.Parameter(weight, requires_grad=False)

@@ -9,6 +9,7 @@ from conftest import toy_config
 from torch import nn
 
 import quant
+from data_loader import UserError
 from model import GPT
 from quant import KINDS, QuantLinear, quantize
 
@@ -268,3 +269,10 @@ def test_a_finished_block_of_a_gpt_is_frozen_and_the_others_train_on(kind):
     assert least <= error <= most
     quant.freeze_block(model, 1, kind)
     assert model.wte.weight.dtype == embeddings and model.h[2].mlp.c_fc.weight.requires_grad
+
+
+def test_embeddings_too_large_for_fp16_are_refused():
+    model = GPT(toy_config())
+    model.wte.weight.data[3, 2] = 1e5
+    with pytest.raises(UserError, match="embeddings have values too large"):
+        quant.freeze_block(model, 0, "int4")
