@@ -317,7 +317,7 @@ class ModelConfig:
         return self.vocab_size
 
     @property
-    def rows(self):
+    def padded_vocab_size(self):
         """Rows of the embedding: vocab_size + 1 ([MASK]) rounded up to a multiple of 64."""
         return -(-(self.vocab_size + 1) // 64) * 64
 

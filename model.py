@@ -111,7 +111,7 @@ class GPT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.head_weight = None  # wte in the compute type, where evaluation has converted it once
-        self.wte = nn.Embedding(config.rows, config.d_model)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
         self.mask_row = None  # see `add_mask_row`
         self.dropout = nn.Dropout(config.dropout)
@@ -215,7 +215,8 @@ class GPT(nn.Module):
         """
         dtype = product_dtype(hidden)
         logits = F.linear(hidden.to(dtype), self.tied_weight().to(dtype))  # (..., V)
-        not_text = torch.arange(self.config.vocab_size, self.config.rows, device=logits.device)
+        c = self.config
+        not_text = torch.arange(c.vocab_size, c.padded_vocab_size, device=logits.device)
         return logits.index_fill(-1, not_text, -torch.inf)
 
     def tied_weight(self):

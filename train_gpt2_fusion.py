@@ -125,13 +125,13 @@ def matmul_flops(stage, config):
     scored = 1.0
     if config.attention_mode == "bidirectional":
         scored = sum(stage.time_steps) / len(stage.time_steps)
-    return per_token + (6 if stage.embeddings else 4) * d * config.rows * scored
+    return per_token + (6 if stage.embeddings else 4) * d * config.padded_vocab_size * scored
 
 
 def parameter_counts(config):
     """Parameters of (the embeddings, one layer, one exit norm)."""
     d = config.d_model
-    return (config.rows + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
+    return (config.padded_vocab_size + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
 
 
 # ---------------------------------------------------------------------------------------------

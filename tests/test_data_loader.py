@@ -389,9 +389,9 @@ def test_gpt2_yaml_is_the_only_place_of_defaults():
     config = load_config()
     assert (config.model.d_model, config.training.lr, config.data.folder) == (768, 5e-4, "data")
     assert config.training.folder == "checkpoints"
-    assert (config.model.mask_id, config.model.rows) == (50257, 50304)
-    assert dataclasses.replace(config.model, vocab_size=63).rows == 64
-    assert dataclasses.replace(config.model, vocab_size=64).rows == 128
+    assert (config.model.mask_id, config.model.padded_vocab_size) == (50257, 50304)
+    assert dataclasses.replace(config.model, vocab_size=63).padded_vocab_size == 64
+    assert dataclasses.replace(config.model, vocab_size=64).padded_vocab_size == 128
     assert load_config(preset="tiny").model.vocab_size == 4096
 
 

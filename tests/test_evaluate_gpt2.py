@@ -515,7 +515,7 @@ def test_memory_is_counted_from_the_tensors():
     adapters, own = 4 * 4 * 16 * d, layer + 4 * 2 * d
     assert held.pop("total") == sum(held.values())
     assert held == {
-        "embeddings": 2 * (config.rows + config.seq_len) * d, "adapters": adapters,
+        "embeddings": 2 * (config.padded_vocab_size + config.seq_len) * d, "adapters": adapters,
         "frozen": layer - 2 * 12 * d * d + 4 * 2 * d, "trainable": own,
         "gradients": adapters + own, "optimizer": 2 * (adapters + own) + 4 * (8 + 14),
     }  # fmt: skip

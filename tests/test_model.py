@@ -58,9 +58,9 @@ def test_gpt2_small_has_its_size():
     with torch.device("meta"):
         model = GPT(config)
     count = sum(p.numel() for p in model.parameters())
-    extra_rows = (config.rows - 50257) * 768
+    extra_rows = (config.padded_vocab_size - 50257) * 768
     extra_exit_norms = 2 * 2 * 768
-    assert config.rows == 50304 and config.mask_id == 50257
+    assert config.padded_vocab_size == 50304 and config.mask_id == 50257
     assert count - extra_rows - extra_exit_norms == 124_439_808
 
 
@@ -123,7 +123,7 @@ def test_a_bidirectional_prediction_sees_both_sides_but_not_the_masked_token():
 @BOTH
 def test_mask_is_never_predicted(attention):
     logits = toy_model(attention_mode=attention)(text(3))
-    assert logits.shape == (3, TOY.seq_len, TOY.rows)
+    assert logits.shape == (3, TOY.seq_len, TOY.padded_vocab_size)
     assert (logits[..., TOY.vocab_size :] == -torch.inf).all()
     assert logits[..., : TOY.vocab_size].isfinite().all()
     drawn = sample_tokens(logits.flatten(0, 1), temperature=50.0)

@@ -223,7 +223,7 @@ def test_the_counts_of_parameters_and_flops():
             batch = one_step(model, stage, training, optimizer)
         # The head scores 15 positions of 16; adapters of rank 1 have two factors, forward and back.
         expected = train.matmul_flops(stage, config)
-        expected -= (4 if stage.plain else 6) * 32 * config.rows / 16
+        expected -= (4 if stage.plain else 6) * 32 * config.padded_vocab_size / 16
         expected += 6 * 3 * 16 * 32 * stage.plain
         assert counter.get_total_flops() / batch[0].numel() == pytest.approx(expected, rel=1e-3)
     assert stage.plain
