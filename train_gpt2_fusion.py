@@ -299,10 +299,7 @@ class Trainer:
     def after_step(self, model, optimizer, scaler, stage, started):
         """Log, validate and save where it is time to. -> whether to stop here"""
         training, step, last = self.training, self.state.step, self.state.step == stage.steps
-        stop = self.stopping
-        if dist.is_initialized():  # all processes must stop at the same step
-            stop = bool(gathered(torch.tensor([int(stop)])).any())
-        stop = stop and not last  # the end of the stage saves
+        stop = self.asked_to_stop() and not last  # the end of the stage saves, and stops itself
         save = stop or (step % training.checkpoint_interval == 0 and not last)
         log = last or save or step % training.log_interval == 0
         if log:
@@ -385,6 +382,12 @@ class Trainer:
         if process()[0] == 0:  # not by print, which a signal may have interrupted
             os.write(1, b"stopping after this step; once more stops at once\n")
 
+    def asked_to_stop(self):
+        """Whether a signal has reached this process or another: all stop at the same step."""
+        if not dist.is_initialized():
+            return self.stopping
+        return bool(gathered(torch.tensor([int(self.stopping)])).any())
+
     # -----------------------------------------------------------------------------------------
     # 4. The stages, one after another
 
@@ -417,6 +420,8 @@ class Trainer:
             self.state = state = State(stage=stage.block + 1, backups=state.backups,
                                        finished=stage is self.stages[-1])
             self.save(model)
+            if self.asked_to_stop():
+                return False
         return True
 
     def stage_figures(self, model, optimizer, stage):

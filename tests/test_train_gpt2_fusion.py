@@ -564,6 +564,18 @@ def test_the_first_signal_saves_and_the_second_stops_at_once(toy, no_report, mon
     assert train.main([*toy(), "--resume"]) == 0
 
 
+def test_a_signal_in_the_last_step_of_a_stage_stops_behind_it(toy, no_report, monkeypatch):
+    stop_in(monkeypatch, 6, signal.SIGINT)
+    assert train.main(toy()) == 130
+    state = Run(toy.folder).state()
+    assert (state.stage, state.step, len(state.backups)) == (1, 0, 1)
+    assert {line["stage"] for line in Run(toy.folder).metrics("step")} == {0}
+    stop_in(monkeypatch, 6, signal.SIGINT)
+    assert train.main([*toy(), "--resume"]) == 130
+    assert Run(toy.folder).state().finished and not no_report  # not evaluated: asked to stop
+    assert train.main([*toy(), "--resume"]) == 0 and no_report
+
+
 def what_was_hit(folder, backups):
     """What a killed process was doing, by the files it left; backups: those it found."""
     backup = folder / "backup"
