@@ -38,6 +38,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 import unicodedata
 from collections import Counter
@@ -668,7 +669,7 @@ def begin(prompt, length, encoding, config):
         length: tokens to write behind a prompt without blanks (None: 64, or what there is room for)
 
     Returns:
-        (T,) token ids. UserError where they would not fit into the context.
+        (1, T) token ids. UserError where they would not fit into the context.
     """
     *before, last = re.split("_{4,}", prompt)
     ids = [encoding.eot_token]
@@ -683,94 +684,121 @@ def begin(prompt, length, encoding, config):
         raise UserError(f"the prompt ({len(ids) - 1} tokens) and what is to be written ({least}) "
                         f"must be at most {config.seq_len - 1} tokens together")
     n_masks = 0 if before else length or min(64, room)
-    return torch.tensor(ids + [config.mask_id] * n_masks)
+    return torch.tensor([ids + [config.mask_id] * n_masks])
 
 
 @torch.no_grad()
-def sample(model, x, order="ancestral", exit_k=None, steps=None, temperature=1.0, top_p=0.95,
-           seed=0, watch=lambda m, x: None):  # fmt: skip
-    """Write text at the [MASK]s of `x`.
+def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, temperature=1.0,
+           top_p=0.95, seed=0, watch=lambda x: None):  # fmt: skip
+    """Write text at the [MASK]s of `x`, a window of them after another from left to right, each
+    window by the whole reverse process (LLaDA, arXiv 2502.09992, section 2.4).
 
     Args:
-        x: (T,) token ids as from `begin`.
-        order: ancestral (the reverse process of the bound); confidence (the surest predictions
-            first, as many as the schedule says); left-to-right (one token after another).
-        exit_k: the exit to read. None: depth by noise, at each mask fraction only the blocks up to
-            its owner run; left to right, the last exit.
+        x: (B, T) token ids as from `begin`, with [MASK] at the same places in every row.
+        order: within a window: ancestral (the reverse process of the bound) or confidence (the
+            surest predictions first, as many as the schedule says). left-to-right: windows of one
+            token in one step.
+        window: number of [MASK]s written together (None: all of them, which is plain diffusion).
+        exit_k: the exit to read. None: depth by noise, at each mask fraction of the window only the
+            blocks up to its owner run; left to right, the last exit.
         steps: number of even time steps (None: the model's own). Not used left to right.
-        watch: called with the mask fraction and the ids (T,), at the start and after each step.
+        watch: called with the ids (B, T), at the start and after each step that revealed some.
 
     Returns:
-        (T,) token ids without any [MASK], and the number of layer evaluations.
+        (B, T) token ids without any [MASK], and the layer evaluations that each row needed, (B,).
     """
     config, device = model.config, model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    draw = (temperature, top_p, generator)
-    x = x[None].to(device, copy=True)  # (1, T)
-    masks = (x[0] == config.mask_id).nonzero().flatten().tolist()
-    layers = 0
-    watch(1.0, x[0])
-    if order == "left-to-right":
-        block = model.blocks - 1 if exit_k is None else exit_k
-        for done, i in enumerate(masks, 1):
-            logits = model.head(model.hidden(x[:, :i], block)[:, -1])  # (1, V)
-            x[0, i] = sample_tokens(logits, *draw)
-            layers += (block + 1) * config.block_size
-            watch(1 - done / len(masks), x[0])
-        return x[0], layers
     fractions = config.time_step_mask_fractions
     if steps is not None:
         fractions = [(i + 1) / steps for i in range(steps)]
-    for m_t, m_s in itertools.pairwise(reversed([0.0, *fractions])):
-        block = exit_of(m_t, model) if exit_k is None else exit_k
-        if order == "confidence":
-            x_s = confident_step(model, x, round(m_s * len(masks)), block, *draw)
-        else:
-            x_s = reverse_step(model, x, m_t, m_s, block, *draw)
-        # Where a step had nothing to reveal, no layer ran.
-        layers += 0 if torch.equal(x_s, x) else (block + 1) * config.block_size
-        x = x_s
-        watch(m_s, x[0])
-    return x[0], layers
+    if order == "left-to-right":
+        window, fractions = 1, [1.0]
+        exit_k = model.blocks - 1 if exit_k is None else exit_k
+    draw = {"temperature": temperature, "top_p": top_p,
+            "generator": torch.Generator(device).manual_seed(seed)}  # fmt: skip
+    x = x.to(device, copy=True)
+    masks = (x[0] == config.mask_id).nonzero().flatten()
+    layers = torch.zeros(len(x), dtype=torch.long)
+    watch(x)
+    for places in masks.split(window or max(1, len(masks))):
+        end = int(places[-1]) + 1 if len(places) else 0
+        # A causal model need not be shown what stands right of the window.
+        seen = x[:, :end] if config.attention_mode == "causal" else x
+        for m_t, m_s in itertools.pairwise(reversed([0.0, *fractions])):
+            block = exit_of(m_t, model) if exit_k is None else exit_k
+            if order == "ancestral":
+                x_s = reverse_step(model, seen, m_t, m_s, block, end, **draw)
+            else:
+                n_left = round(m_s * len(places))
+                x_s = confident_step(model, seen, n_left, block, end, **draw)
+            changed = (x_s != seen).any(1)  # where a step had nothing to reveal, no layer ran
+            layers += changed.cpu() * (block + 1) * config.block_size
+            seen.copy_(x_s)  # into x
+            if changed.any():
+                watch(x)
+    return x, layers
 
 
-# Colours of the 256-colour cube from red to blue, one per time step.
+WINDOW = 8  # tokens that `sample` writes together by confidence
+
+# Colours of the 256-colour cube, from red to blue.
 RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
 
 
-def watcher(encoding, mask_id):
-    """watch(m, x) for `sample`. On a terminal the text is redrawn in place, each token in the
-    colour of the step that revealed it, as far as the window reaches; elsewhere every step is one
-    plain line."""
-    live = sys.stdout.isatty()
-    step, n_lines, born = 0, 0, {}
+class Watcher:
+    """What `sample` calls with the ids (1, T) after each step: shows the text, if `show`, and keeps
+    it in `frames`, for `write_gif`.
 
-    def watch(m, x):
-        nonlocal step, n_lines
-        for position, token in enumerate(x.tolist()):
-            if token != mask_id:
-                born.setdefault(position, step)
-        cells = []  # (character, ANSI code of its colour)
-        for when, run in itertools.groupby(range(1, len(x)), born.get):
-            ids = x[list(run)].tolist()
-            text = "░" * len(ids) if when is None else encoding.decode(ids)
-            # Masks dim, the prompt plain.
-            code = {None: "2", 0: "0"}.get(when, f"38;5;{RAMP[((when or 1) - 1) % len(RAMP)]}")
-            cells += [(c if c.isprintable() else " ", code) for c in text]
-        step += 1
-        if not live:
-            print(f"m {m:.2f}  " + "".join(character for character, _ in cells), flush=True)
-            return
+    A token's colour says when it was revealed, from red for the first to blue for the last. On a
+    terminal the text is redrawn in place, as far as the window reaches; elsewhere every step is
+    one plain line.
+    """
+
+    def __init__(self, encoding, mask_id, show=True):
+        self.encoding, self.mask_id, self.show = encoding, mask_id, show
+        self.born = {}  # position -> index into RAMP, None for the prompt
+        self.frames = []  # (heading, cells); a cell is (character, colour)
+        self.n_lines = 0
+
+    def __call__(self, x):
+        ids = x[0].tolist()
+        masked = ids.count(self.mask_id)
+        if not self.frames:
+            self.total = masked
+            colour = None
+        else:
+            colour = (len(RAMP) * (self.total - masked) - 1) // self.total
+        for position, token in enumerate(ids):
+            if token != self.mask_id:
+                self.born.setdefault(position, colour)
+        cells = []
+        colours = {position: self.born.get(position, "masked") for position in range(1, len(ids))}
+        for colour, run in itertools.groupby(colours, colours.get):
+            part = [ids[position] for position in run]
+            text = "░" * len(part) if colour == "masked" else self.encoding.decode(part)
+            cells += [(c if c.isprintable() else " ", colour) for c in text]
+        self.frames.append((f"{masked} of {self.total} tokens are [MASK]", cells))
+        if self.show and sys.stdout.isatty():
+            self.redraw()
+        elif self.show:
+            print(f"{masked:3d}  " + "".join(character for character, _ in cells), flush=True)
+
+    def redraw(self):
+        """Draw the last frame over the one before."""
+        heading, cells = self.frames[-1]
         width, height = shutil.get_terminal_size()
         lines = wrapped(cells, width - 1)[: height - 2]
-        up = f"\033[{n_lines}A" if n_lines else ""
-        drawn = [f"m {m:.2f}: ░ is [MASK], a colour the step that revealed a token"[:width]]
-        drawn += ["".join(f"\033[0;{code}m{c}" for c, code in line) for line in lines]
+        up = f"\033[{self.n_lines}A" if self.n_lines else ""
+        drawn = [f"{heading}; red: revealed first, blue: last"[:width]]
+        drawn += ["".join(f"\033[0;{ansi(colour)}m{c}" for c, colour in line) for line in lines]
         print(f"{up}\r\033[J" + "\033[0m\n".join(drawn) + "\033[0m", flush=True)
-        n_lines = len(drawn)
+        self.n_lines = len(drawn)
         time.sleep(0.3)
 
-    return watch
+
+def ansi(colour):
+    """A cell's colour for a terminal: masks dim, the prompt plain."""
+    return {None: "0", "masked": "2"}.get(colour) or f"38;5;{RAMP[colour]}"
 
 
 def wrapped(cells, width):
@@ -790,17 +818,23 @@ def wrapped(cells, width):
     return [*lines, line]
 
 
-def sample_text(model, training, prompt="", length=None, order=None, watch=False, say=print, **how):
-    """One sample as text. order None: the way the run was trained, by diffusion or left to right.
+def sample_text(model, training, prompt="", length=None, order=None, window=None, watch=None,
+                say=print, **how):  # fmt: skip
+    """One sample as text.
 
-    how: exit_k, steps, temperature, top_p, seed, as for `sample`; watch: print every time step.
+    Args:
+        order, window: as for `sample`; None: the way the run was trained, by diffusion (by
+            confidence, WINDOW tokens at a time) or left to right; ancestral: the whole text.
+        watch: a Watcher. how: exit_k, steps, temperature, top_p, seed, as for `sample`.
     """
     config, masked = model.config, training.time_step_masking
     encoding, causal = tokenizer(config.vocab_size), config.attention_mode == "causal"
     x = begin(prompt, length, encoding, config)
-    order = order or ("ancestral" if masked else "left-to-right")
-    if order == "left-to-right" and (not causal or how.get("steps")):
-        raise UserError("left to right needs a causal model, and has no time steps")
+    order = order or ("confidence" if masked else "left-to-right")
+    if order == "confidence":
+        window = window or WINDOW
+    if order == "left-to-right" and (not causal or window or how.get("steps")):
+        raise UserError("left to right needs a causal model, and has no windows or time steps")
     if how.get("exit_k") is not None and how["exit_k"] >= model.blocks:
         raise UserError(f"exit {how['exit_k']} does not exist; there are 0 to {model.blocks - 1}")
     if order != "left-to-right" and not masked:
@@ -809,11 +843,9 @@ def sample_text(model, training, prompt="", length=None, order=None, watch=False
         say("note: a causal model sees only what stands left of a blank")
     dtype = compute_type(model.wte.weight.device, training.compute_type)
     model = expand(model, dtype)
-    if watch:
-        how["watch"] = watcher(encoding, config.mask_id)
     with autocast(model.wte.weight.device, dtype):
-        ids, _ = sample(model, x, order, **how)
-    return encoding.decode(ids[1:].tolist())
+        ids, _ = sample(model, x, order, window, watch=watch or (lambda x: None), **how)
+    return encoding.decode(ids[0, 1:].tolist())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -883,8 +915,7 @@ def report(run, model, full=False, precision=None, path=None, say=print):
         say(f"\nnote: training has not ended; only exits 0 to {model.blocks - 1} exist, and the "
             f"heavier mask fractions are read at the last of them")
     print_report(run, result, say)
-    say("\nsample:")
-    say(sample_text(model, training, seed=training.seed).strip())
+    print_texts(model, training, exits, val, say)
     say(f"\nwritten to {path}")
     return result
 
@@ -898,7 +929,7 @@ def print_report(run, result, say=print):
     """The tables of an evaluation."""
     training = run.config.training
     say(f"\n{run.name} ({kind_of_run(run.config)}), weights in {result['precision']}, "
-        f"{result['rows']} validation rows\n")
+        f"{result['memory']['weights']['total']:.1f} MiB; {result['rows']} validation rows\n")
     print_table({"mask_fraction": ".2f", "block": "d", "layers": "d", "cross_entropy": ".3f",
                  "accuracy": ".1%"}, result["time_steps"], say)  # fmt: skip
     say()
@@ -908,16 +939,34 @@ def print_report(run, result, say=print):
         say("left to right is not defined for a bidirectional model")
     if not training.time_step_masking:
         say("trained without masks: [MASK] is new to it, so only left to right is its own ground")
-    say("\nweights, MiB:")
-    print_table(dict.fromkeys(("trainable", "frozen", "adapters", "embeddings", "total"), ".1f"),
-                [result["memory"]["weights"]], say)  # fmt: skip
     stages = result["memory"]["stages"]
     if stages:
-        say("\ntraining: held is weights, gradients and optimizer state, standard what mode "
-            "standard would hold;\npeak is the whole process, activations and libraries included "
-            "(on a GPU: its tensors)")
+        say(f"\n{result['train_seconds']:.0f} s of training; MiB held are weights, gradients and "
+            "optimizer state, standard what mode standard would hold;\nthe peak is the whole "
+            "process, activations and libraries included (on a GPU: its tensors)")
         print_table(STAGE_COLUMNS, stages, say)
-        say(f"whole run: {result['train_seconds']:.0f} s of training")
+
+
+def print_texts(model, training, exits, val, say=print):
+    """Print what the model writes, and a validation passage, each with how it was made.
+
+    Args:
+        exits: losses left to right, empty for a bidirectional model. val: validation tokens.
+    """
+
+    def show(how, text):
+        say(f"\n{how}:\n{textwrap.fill(text, 100, initial_indent='  ', subsequent_indent='  ')}")
+
+    if training.time_step_masking:
+        text = sample_text(model, training, order="confidence", seed=training.seed)
+        show(f"written by diffusion, {WINDOW} tokens at a time, the surest first", text)
+    if exits:
+        best = exits.index(min(exits))
+        text = sample_text(model, training, order="left-to-right", exit_k=best, seed=training.seed)
+        show(f"written left to right, from exit {best}", text)
+    encoding = tokenizer(model.config.vocab_size)
+    passage = encoding.decode(val[:64].tolist()).partition("<|endoftext|>")[0]
+    show("real text, from validation", passage)
 
 
 def kind_of_run(config):
@@ -1008,12 +1057,8 @@ def signal_to_noise(linears, exact):
 # 6. Pictures
 
 
-def plot(runs, target, device):
-    """Write loss.png, cross_entropy.png and memory.png of one or more runs into folder `target`.
-
-    The cross-entropies are computed here: every exit at every time step, on PLOT_ROWS rows.
-    UserError without matplotlib, the one optional package.
-    """
+def pyplot():
+    """matplotlib.pyplot, drawing into files. UserError without it: the one optional package."""
     try:
         import matplotlib
     except ImportError:
@@ -1021,6 +1066,15 @@ def plot(runs, target, device):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(runs, target, device):
+    """Write loss.png, cross_entropy.png and memory.png of one or more runs into folder `target`.
+
+    The cross-entropies are computed here: every exit at every time step, on PLOT_ROWS rows.
+    """
+    plt = pyplot()
     plt.rcParams.update({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3,
                          "axes.axisbelow": True, "savefig.dpi": 110, "figure.figsize": (9, 5.5),
                          "figure.constrained_layout.use": True, "legend.frameon": False})
@@ -1111,6 +1165,45 @@ def plot_memory(axes, runs, device):
     axes.figure.legend(loc="outside lower center", ncols=4)
 
 
+def write_gif(frames, path, columns=72):
+    """Write a Watcher's frames as a moving picture, in the colours of a terminal."""
+    from matplotlib.animation import PillowWriter
+
+    plt = pyplot()
+    texts = [(heading, wrapped(cells, columns)) for heading, cells in frames]
+    n_lines = 2 + max(len(lines) for _, lines in texts)
+    dpi, wide, high = 72, 8, 20  # of a character, in pixels: at 72 dpi they are points
+    figure = plt.figure(figsize=((columns + 4) * wide / dpi, (n_lines + 1) * high / dpi),
+                        facecolor="#161616")  # fmt: skip
+
+    def put(text, line, column, colour):
+        figure.text((column + 2) / (columns + 4), 1 - (line + 1) / (n_lines + 1), text,
+                    color=colour, family="DejaVu Sans Mono", size=wide / 0.602)
+
+    writer = PillowWriter(fps=4)
+    with writer.saving(figure, path, dpi):
+        # The last picture stays for four seconds.
+        for heading, lines in texts + [texts[-1]] * 15:
+            figure.texts.clear()
+            put(heading, 0, 0, "#a0a0a0")
+            for number, line in enumerate(lines):
+                column = 0
+                for colour, run in itertools.groupby(line, lambda cell: cell[1]):
+                    text = "".join(character for character, _ in run)
+                    put(text, number + 2, column, hex_colour(colour))
+                    column += len(text)
+            writer.grab_frame(facecolor="#161616")
+    plt.close(figure)
+
+
+def hex_colour(colour):
+    """A cell's colour for a picture; see `ansi`."""
+    if colour in (None, "masked"):
+        return "#f0f0f0" if colour is None else "#606060"
+    code, levels = RAMP[colour] - 16, (0, 95, 135, 175, 215, 255)
+    return "#" + "".join(f"{levels[code // place % 6]:02x}" for place in (36, 6, 1))
+
+
 # ---------------------------------------------------------------------------------------------
 # 7. The commands
 
@@ -1156,7 +1249,9 @@ def parse(argv):
     sub.add_argument("prompt", nargs="?", default="", help="text to go on from; each ____ in it is "
                      "a blank of one token to fill in")
     sub.add_argument("--order", choices=("ancestral", "confidence", "left-to-right"),
-                     help="default: ancestral, or the way the run was trained")
+                     help="default: confidence, or the way the run was trained")
+    sub.add_argument("--window", type=number(int, 1), metavar="N", help=f"tokens written together "
+                     f"({WINDOW} by confidence; ancestral: all)")
     sub.add_argument("--exit", dest="exit_k", type=number(int, 0), metavar="K",
                      help="default: by noise; left to right, the last")
     sub.add_argument("--length", type=number(int, 1), metavar="N", help="tokens to write (64)")
@@ -1168,6 +1263,7 @@ def parse(argv):
                      help="share of probability kept (0.95)")
     sub.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N")
     sub.add_argument("--watch", action="store_true", help="show every step")
+    sub.add_argument("--gif", metavar="PATH", help="write the steps as a moving picture")
     sub.add_argument("--precision", choices=quant.KINDS, help="rebuild the run in this storage")
     sub = command("compare", "evaluated runs side by side", run=False)
     sub.add_argument("runs", nargs="+", metavar="RUN")
@@ -1206,6 +1302,23 @@ def export(run, target, precision=None):
           f"GPT-2")
 
 
+def write_text(run, device, args):
+    """The command `sample`."""
+    how = {key: getattr(args, key) for key in ("prompt", "length", "order", "window", "exit_k",
+           "steps", "temperature", "top_p", "seed")}  # fmt: skip
+    config, watch = run.config.model, None
+    if args.gif:
+        pyplot()  # told now, if it is not there
+    if args.gif or args.watch:
+        watch = Watcher(tokenizer(config.vocab_size), config.mask_id, show=args.watch)
+    text = sample_text(run.load(args.precision, device), run.config.training, watch=watch, **how)
+    if not args.watch:
+        print(text.strip())
+    if args.gif:
+        write_gif(watch.frames, args.gif)
+        print(f"written to {args.gif}")
+
+
 @one_line_errors
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else [str(argument) for argument in argv])
@@ -1229,11 +1342,7 @@ def main(argv=None):
         path = Path(target or run.folder / name)
         report(run, run.load(args.precision, device), args.full, args.precision, path)
     elif args.command == "sample":
-        how = {key: getattr(args, key) for key in ("prompt", "length", "order", "exit_k", "steps",
-               "temperature", "top_p", "seed", "watch")}  # fmt: skip
-        text = sample_text(run.load(args.precision, device), run.config.training, **how)
-        if not args.watch:
-            print(text.strip())
+        write_text(run, device, args)
     else:
         path = Path(target or run.folder / "precision.json")
         write_json(path, precision_table(run, device, args.full))

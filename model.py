@@ -545,8 +545,17 @@ def _draw_nucleus(ranked, order, top_p, u):
     return order.gather(-1, drawn.minimum(kept - 1)).squeeze(-1)
 
 
+def masks_before(end, x_t, config):
+    """Where ids (B, T) are [MASK], left of position `end` (None: anywhere). -> (B, T), bool"""
+    masked = x_t == config.mask_id
+    if end is not None:
+        masked[:, end:] = False
+    return masked
+
+
 @torch.no_grad()
-def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, generator=None):
+def reverse_step(model, x_t, m_t, m_s, block, end=None, temperature=1.0, top_p=1.0,
+                 generator=None):  # fmt: skip
     """One ancestral step of p(x_s | x_t), from mask fraction m_t down to m_s < m_t.
 
     Each [MASK] stays with probability m_s / m_t and is otherwise replaced by a draw from the
@@ -555,11 +564,12 @@ def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, genera
 
     Args:
         x_t: (B, T); position 0 is context and must not be [MASK].
+        end: positions from here on stay as they are (None: none).
 
     Returns:
         x_s: (B, T).
     """
-    masked = x_t == model.config.mask_id  # (B, T)
+    masked = masks_before(end, x_t, model.config)  # (B, T)
     draw = torch.rand(x_t.shape, generator=generator, device=x_t.device)
     reveal = masked & (draw >= m_s / m_t)  # (B, T)
     x_s = x_t.clone()
@@ -570,7 +580,8 @@ def reverse_step(model, x_t, m_t, m_s, block, temperature=1.0, top_p=1.0, genera
 
 
 @torch.no_grad()
-def confident_step(model, x_t, n_left, block, temperature=1.0, top_p=1.0, generator=None):
+def confident_step(model, x_t, n_left, block, end=None, temperature=1.0, top_p=1.0,
+                   generator=None):  # fmt: skip
     """One step by confidence (MaskGIT, Chang et al. 2022): the surest predictions are revealed.
 
     Every [MASK] gets a draw; the n_left draws that the model itself finds least likely stay [MASK].
@@ -578,11 +589,12 @@ def confident_step(model, x_t, n_left, block, temperature=1.0, top_p=1.0, genera
 
     Args:
         x_t: (B, T), at least n_left [MASK] in each row; position 0 must not be [MASK].
+        end: positions from here on stay as they are, and do not count (None: none).
 
     Returns:
         x_s: (B, T) with n_left [MASK] in each row.
     """
-    masked = x_t == model.config.mask_id  # (B, T)
+    masked = masks_before(end, x_t, model.config)  # (B, T)
     x_s = x_t.clone()
     if (masked.sum(1) == n_left).all():
         return x_s

@@ -19,6 +19,7 @@ Read from top to bottom:
 import contextlib
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -301,16 +302,17 @@ class Trainer:
         training, step, last = self.training, self.state.step, self.state.step == stage.steps
         stop = self.asked_to_stop() and not last  # the end of the stage saves, and stops itself
         save = stop or (step % training.checkpoint_interval == 0 and not last)
-        log = last or save or step % training.log_interval == 0
+        validate = last or step % training.eval_interval == 0
+        log = validate or save or step % training.log_interval == 0
         if log:
             self.pending = [(batch, gathered(ce), norm) for batch, ce, norm in self.pending]
             check_finite(self.pending, stage, step, scaler, optimizer if save or last else None)
             record = summary(self.pending, optimizer, self.device)
         self.pending_seconds += time.perf_counter() - started
         if log:
-            self.log_step(stage, record)
-        if last or step % training.eval_interval == 0:
-            self.log_validation(model, stage)
+            line = self.log_step(stage, record)
+            say(line + (self.log_validation(model, stage) if validate else ""))
+            self.look_for_jump(stage, record["loss"])
         if save:
             self.state.scaler = scaler.state_dict()
             self.watch_peak()
@@ -319,7 +321,7 @@ class Trainer:
         return stop
 
     def log_step(self, stage, record):
-        """Print and record a log line, and a note on a loss far above those before it."""
+        """Record the steps since the last log line. -> that line"""
         step, tokens = self.state.step, len(self.pending) * self.tokens_per_step()
         speed = tokens / self.pending_seconds
         self.state.seconds += self.pending_seconds
@@ -328,20 +330,23 @@ class Trainer:
         left = sum((s.steps - (step if s is stage else 0)) * matmul_flops(s, self.config)
                    for s in self.stages[stage.block :])  # fmt: skip
         eta = left * self.tokens_per_step() / (speed * matmul_flops(stage, self.config))
-        say(f"stage {stage.block}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.1e}  grad {record['grad_norm']:5.2f}  {speed:7,.0f} tokens/s  "
-            f"{cell(record['memory_mib'], '6,.0f')} MiB  eta {clock(eta)}")
-        losses = self.losses[stage.block]
-        before = losses[-10:]
+        return (f"stage {stage.block}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
+                f"{speed:7,.0f} tokens/s  {cell(record['memory_mib'], '6,.0f')} MiB  "
+                f"eta {clock(eta)}")
+
+    def look_for_jump(self, stage, loss):
+        """Print and record a note on a loss far above the logged ones before it."""
+        before = self.losses[stage.block][-10:]
         usual = float(np.median(before or [math.inf]))
-        if len(before) > 4 and record["loss"] > usual + max(0.5, max(before) - min(before)):
-            say(f"note: a loss of {record['loss']:.4f}, where {usual:.4f} is usual (the median of "
-                f"the last {len(before)} log lines); if it stays there, lower training.lr")
-            self.record("loss_jump", stage=stage.block, step=step, loss=record["loss"], usual=usual)
-        losses.append(record["loss"])
+        if len(before) > 4 and loss > usual + max(0.5, max(before) - min(before)):
+            say(f"note: a loss of {loss:.4f}, where {usual:.4f} is usual (the median of the last "
+                f"{len(before)} log lines); if it stays there, lower training.lr")
+            self.record("loss_jump", stage=stage.block, step=self.state.step, loss=loss,
+                        usual=usual)  # fmt: skip
+        self.losses[stage.block].append(loss)
 
     def log_validation(self, model, stage):
-        """Print and record mean CE over the stage's time steps, on fixed validation rows."""
+        """Record mean CE over the stage's time steps, on fixed validation rows. -> words on it"""
         step, rows, training = self.state.step, self.val_rows, self.training
         noise = row_noise(len(rows), rows.size(1), training.seed, tag=0)
         model.eval()
@@ -354,8 +359,7 @@ class Trainer:
         perplexity = math.exp(min(ce, 700))
         self.record("validation", stage=stage.block, step=step, cross_entropy=ce,
                     perplexity=perplexity, accuracy=accuracy)
-        say(f"stage {stage.block}  step {step:5d}/{stage.steps}  validation {ce:.4f} nats, "
-            f"perplexity {perplexity:.1f}, accuracy {accuracy:.1%}")
+        return f"  validation {ce:.4f}"
 
     def save(self, model, optimizer=None):
         """Write the checkpoint: all that --resume needs beside the backups."""
@@ -407,6 +411,7 @@ class Trainer:
             optimizer = begin_stage(model, stage, training)
             load_optimizer(optimizer, model, optimizer_state)
             memory_mib(self.device, reset=True)
+            say(meaning(stage, self.config, training))
             if not self.train_stage(model, optimizer, stage):
                 return False
             figures = self.stage_figures(model, optimizer, stage)
@@ -600,6 +605,51 @@ def matmul_rate(config, dtype, tokens=2048):
     return 2 * x.numel() * len(w) / sorted(times[1:])[2]
 
 
+def meaning(stage, config, training):
+    """What a stage does, in words."""
+
+    def named(word, numbers):  # block 0, layers 2-3
+        first, last = numbers[0], numbers[-1]
+        return f"{word} {first}" if first == last else f"{word}s {first}-{last}"
+
+    learners = [named("layer", stage.layers)] if stage.layers else ["exit norm", "[MASK] row"]
+    learners += ["embeddings"] if stage.embeddings else []
+    task = "m " + " ".join(f"{m:g}" for m in stage.time_steps)
+    if stage.time_steps == (0.0,):
+        task = "the next token, without masks"
+    text = f"stage {stage.block}: {' and '.join(learners)} learn {task}"
+    if stage.plain:
+        text += " on top of the pretrained layers"
+    elif stage.block and stage.layers[0]:
+        text += f" on top of {named('block', range(stage.block))}"
+    else:
+        return text
+    text += f", frozen in {training.quantization_type}"
+    return text + (", adapted by LoRA" if stage.adapted else "")
+
+
+def what_next(run, args):
+    """Commands that one wants after a training, for the control that takes about as long too."""
+    lines = [f'python evaluate_gpt2.py sample "The people of" --run {run} --watch',
+             f"python evaluate_gpt2.py plot {run}"]
+    fused = run.config.training.mode == "fused" and run.config.model.init_from == "scratch"
+    if fused and not args.resume:
+        words = ["--config", args.config] if args.config != DEFAULTS else []
+        words += ["--preset", args.preset] if args.preset else []
+        others = [change for change in args.overrides if not change.startswith("training.run_id=")]
+        changes = [*others, "training.mode=standard", f"training.run_id={run.name}-control"]
+        control = load_config(args.config, args.preset, changes)
+        flops = [sum(stage.steps * matmul_flops(stage, config.model)
+                     for stage in fusion_schedule(config.model, config.training))
+                 for config in (run.config, control)]  # fmt: skip
+        steps = round(control.training.max_steps * flops[0] / flops[1])
+        others = [change for change in changes if not change.startswith("training.max_steps=")]
+        words += [*others, f"training.max_steps={steps}"]
+        lines += [f"python train_gpt2_fusion.py {shlex.join(words)}  # end to end, about as long",
+                  f"python evaluate_gpt2.py compare {run} {run}-control"]  # fmt: skip
+    return lines
+
+
 def print_plan(trainer):
     """Say what is about to be done, and on a CPU about how long it will take."""
     c, training, device = trainer.config, trainer.training, trainer.device
@@ -615,10 +665,6 @@ def print_plan(trainer):
         f"blocks stored in {training.quantization_type}")
     if training.qlora_enabled and not any(stage.adapted for stage in trainer.stages):
         say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
-    if trainer.stages[0].plain:
-        say("plain QLoRA: the pretrained layers and embeddings are backed up, verified and stored "
-            f"in {training.quantization_type} before the first step;\nonly the adapters on all "
-            "layers, the exit norm and the [MASK] row are trained, at qlora_lr")
     rows = []
     for stage in trainer.stages:
         embeddings, layer, norm = parameter_counts(c)
@@ -788,7 +834,10 @@ def main(argv=None):
             say(f"stopped and saved in {run.folder}; go on with --resume {run}")
             return 130
         report(run, model, say=say)
-    say(f"all of it is in {run.folder}; python evaluate_gpt2.py --run {run} repeats this")
+    say(f"the run is in {run.folder}; python evaluate_gpt2.py --run {run} repeats its evaluation. "
+        "Next:")
+    for line in what_next(run, args):
+        say(f"  {line}")
     return 0
 
 

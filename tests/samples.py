@@ -3,10 +3,11 @@
     python tests/samples.py tiny                            8 samples each way
     python tests/samples.py fused-0 --judge next-token-0    and the perplexity under another run
 
-Orders (ancestral, by confidence) x depths (by noise, the last exit at every step) with the same
-seeds, in turns, so that a busy moment of the machine hits all of them; left to right from the last
-exit where the model is causal; and the validation text as a yardstick. The table is written to
-samples.json in the run's folder.
+Orders (ancestral, by confidence) x windows (1, 2, 4, 8, 16, 32 tokens, the whole text) x time steps
+a window (the run's own, 4, 2), depth by noise; the first and the last exit at every step, for whole
+texts and for windows of 8; left to right from every exit where the model is causal; and the
+validation text as a yardstick. The samples of a way are written together, as one batch. The table
+is written to samples.json in the run's folder.
 """
 
 import itertools
@@ -25,6 +26,11 @@ from data_loader import Parser, UserError, one_line_errors, tokenizer, validatio
 from evaluate_gpt2 import (Run, begin, expand, left_to_right, number, pick_device, print_table,
                            sample)
 from model import autocast, compute_type
+
+WINDOWS = (1, 2, 4, 8, 16, 32, None)
+STEPS = (None, 4, 2)
+COLUMNS = {"order": "", "window": "", "steps": "", "exit": "", "seconds": ".4f", "layers": ".2f",
+           "judge_perplexity": ".1f", "distinct_2": ".1%", "entropy": ".2f"}  # fmt: skip
 
 
 def text_figures(rows, judge=None):
@@ -54,43 +60,50 @@ def load_judge(run, config, n_tokens, device, dtype):
     return expand(run.load(device=device), dtype)
 
 
+def ways_of(model):
+    """Every way to write that is measured: a list of dicts of options of `sample`."""
+    causal, last = model.config.attention_mode == "causal", model.blocks - 1
+    orders = ("ancestral", "confidence")
+    ways = [{"order": order, "window": window, "steps": steps}
+            for order, window, steps in itertools.product(orders, WINDOWS, STEPS)]  # fmt: skip
+    ways += [{"order": order, "window": window, "exit_k": exit_k}
+             for order, window, exit_k in itertools.product(orders, (8, None), {0, last})]
+    exits = range(model.blocks) if causal else ()
+    return ways + [{"order": "left-to-right", "exit_k": exit_k} for exit_k in exits]
+
+
 def measure(run, n, judge_run=None, length=None, seed=0, device="cpu", **how):
     """What n samples of every way to write cost and are worth.
 
     Args:
         judge_run: Run or None. length: tokens of a sample (None: what the context has room for).
-        how: steps, temperature, top_p, as for `sample`.
+        how: temperature, top_p, as for `sample`.
 
     Returns:
-        dict: samples, tokens, judge, and `table`, a list of dicts with order, depth, the medians
-        `seconds` and `layers` (layer evaluations) of a sample, and the keys of `text_figures`.
+        dict: samples, tokens, judge, and `table`, a list of dicts with the way's order, window,
+        steps and exit (None: whole text, the run's own, by noise), `seconds` and `layers` (layer
+        evaluations) for each token, the keys of `text_figures`.
     """
     config, training = run.config.model, run.config.training
     dtype = compute_type(device, training.compute_type)
-    x = begin("", length or config.seq_len - 1, tokenizer(config.vocab_size), config)  # (T,)
+    x = begin("", length or config.seq_len - 1, tokenizer(config.vocab_size), config)  # (1, T)
+    n_tokens = x.size(1) - 1
     model = expand(run.load(device=device), dtype)
-    judge = judge_run and load_judge(judge_run, config, len(x), device, dtype)
-    last = model.blocks - 1
-    ways = [*itertools.product(("ancestral", "confidence"), ("by noise", f"exit {last}"))]
-    if config.attention_mode == "causal":
-        ways.append(("left-to-right", f"exit {last}"))
-    samples = {way: [] for way in ways}  # (seconds, layer evaluations, ids)
+    judge = judge_run and load_judge(judge_run, config, n_tokens + 1, device, dtype)
+    table = []
     with autocast(device, dtype):
-        for i, (order, depth) in itertools.product(range(n), ways):
+        for way in ways_of(model):
             start = time.perf_counter()
-            exit_k = None if depth == "by noise" else last
-            ids, layers = sample(model, x, order, exit_k, seed=seed + i, **how)
+            ids, layers = sample(model, x.repeat(n, 1), **way, seed=seed, **how)
             ids = ids.cpu()  # before the clock is read: a GPU may still be at work
-            samples[order, depth].append((time.perf_counter() - start, layers, ids))
-        table = []
-        for (order, depth), done in samples.items():
-            seconds, layers, ids = zip(*done)
-            table.append({"order": order, "depth": depth, "seconds": float(np.median(seconds)),
-                          "layers": float(np.median(layers)),
-                          **text_figures(torch.stack(ids), judge)})  # fmt: skip
-        rows = validation_rows(run.tokens()[1], len(x), n)
+            row = {"order": way["order"], "window": way.get("window"), "steps": way.get("steps"),
+                   "exit": way.get("exit_k"),
+                   "seconds": (time.perf_counter() - start) / (n * n_tokens),
+                   "layers": layers.double().mean().item() / n_tokens}  # fmt: skip
+            table.append(row | text_figures(ids, judge))
+        rows = validation_rows(run.tokens()[1], n_tokens + 1, n)
         table.append({"order": "validation text", **text_figures(rows, judge)})
-    return {"samples": n, "tokens": len(x) - 1, "judge": judge_run and judge_run.name,
+    return {"samples": n, "tokens": n_tokens, "judge": judge_run and judge_run.name,
             "table": table}  # fmt: skip
 
 
@@ -101,8 +114,6 @@ def main(argv=None):
     parser.add_argument("--judge", metavar="RUN", help="causal run that scores the samples")
     parser.add_argument("--samples", type=number(int, 1), default=8, metavar="N", help="each (8)")
     parser.add_argument("--length", type=number(int, 2), metavar="N", help="tokens (all that fit)")
-    parser.add_argument("--steps", type=number(int, 1, 10_000), metavar="N",
-                        help="even time steps (the run's own)")
     parser.add_argument("--temperature", type=number(float, 0, 1e6), default=1.0, metavar="X")
     parser.add_argument("--top-p", type=number(float, 1e-9, 1), default=0.95, metavar="P")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
@@ -110,12 +121,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     run, judge = Run.named(args.run), args.judge and Run.named(args.judge)
     result = measure(run, args.samples, judge, args.length, args.seed, pick_device(args.device),
-                     steps=args.steps, temperature=args.temperature, top_p=args.top_p)
-    print(f"{result['samples']} samples of {result['tokens']} tokens each way, the same seeds"
+                     temperature=args.temperature, top_p=args.top_p)
+    print(f"{result['samples']} samples of {result['tokens']} tokens each way"
           + (f"; judge: {judge.name}, left to right\n" if judge else "\n"))
-    print_table({"order": "", "depth": "", "seconds": ".2f", "layers": ".0f",
-                 "judge_perplexity": ".1f", "distinct_2": ".1%", "entropy": ".2f"},
-                result["table"])  # fmt: skip
+    print_table(COLUMNS, result["table"])
     path = run.folder / "samples.json"
     write_json(path, result)
     print(f"\nwritten to {path}")

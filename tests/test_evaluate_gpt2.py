@@ -27,7 +27,7 @@ import train_gpt2_fusion as train
 from data_loader import (UserError, load_config, read_tensors, token_bytes, tokenizer,
                          validation_rows, write_tensors)
 from evaluate_gpt2 import Run, State
-from model import GPT, autocast, block_of, sample_tokens
+from model import GPT, autocast, block_of, confident_step, reverse_step, sample_tokens
 
 SMALL = {"vocab_size": 3, "seq_len": 4}
 
@@ -525,31 +525,70 @@ def test_memory_is_counted_from_the_tensors():
 # --- sampling --------------------------------------------------------------------------------
 
 
-def canvas(config, prompt, n_masks):
-    return torch.tensor(prompt + [config.mask_id] * n_masks)
+def canvas(config, prompt, n_masks, rows=1):
+    return torch.tensor([prompt + [config.mask_id] * n_masks] * rows)
 
 
 @BOTH
+@pytest.mark.parametrize("window", [None, 5, 1])
 @pytest.mark.parametrize("order", ["ancestral", "confidence"])
-def test_samples_keep_what_is_revealed_and_hold_no_mask(attention, order):
+def test_windows_are_written_by_the_whole_reverse_process_each(attention, order, window):
+    """Two rows, as the steps of model.py write them one window after another, with [MASK] to the
+    right: the same draws, and the same count of layers."""
     model = toy_model(attention_mode=attention, seq_len=64)
-    seen, layers_of_steps = [], []
-    x = canvas(model.config, [1, 4], 62)
-    ids, layers = e.sample(model, x, order, seed=1, watch=lambda m, x: seen.append((m, x.clone())))
-    assert ids[:2].tolist() == [1, 4] and len(ids) == 64 and ids.max() < TOY.vocab_size
-    assert (x == model.config.mask_id).sum() == 62  # the argument is left alone
-    assert [m for m, _ in seen] == [1.0, *model.config.time_step_mask_fractions[-2::-1], 0.0]
-    owners = [2, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0]  # of .99, .95, ...: depth by noise
-    for owner, ((_, before), (m, after)) in zip(owners, itertools.pairwise(seen)):
-        shown = before != model.config.mask_id
-        assert torch.equal(before[shown], after[shown])
-        layers_of_steps.append(0 if torch.equal(before, after) else 2 * (owner + 1))
-        if order == "confidence":
-            assert (after == model.config.mask_id).sum() == round(m * 62)
-    assert layers == sum(layers_of_steps) and 40 < layers <= 4 * 2 + 3 * 4 + 5 * 6
-    assert torch.equal(ids, e.sample(model, x, order, seed=1)[0])
-    other, layers = e.sample(model, x, order, exit_k=1, steps=5, seed=2)
-    assert layers == 5 * 4 and not torch.equal(ids, other)
+    mask, steps = model.config.mask_id, [*model.config.time_step_mask_fractions[::-1], 0.0]
+    x = canvas(model.config, [1, 4], 61, rows=2)
+    x[:, 30] = 3  # a blank ends here
+    seen = []
+    ids, layers = e.sample(model, x, order, window, seed=1, watch=lambda x: seen.append(x.clone()))
+    assert (x == mask).sum() == 2 * 60  # the argument is left alone
+    assert (ids[:, :2] == torch.tensor([1, 4])).all() and (ids[:, 30] == 3).all()
+    assert ids.max() < TOY.vocab_size and not torch.equal(ids[0], ids[1])
+
+    draws = {"top_p": 0.95, "generator": torch.Generator().manual_seed(1)}
+    expected, n_layers, shown = x.clone(), torch.zeros(2), [x]
+    places = (x[0] == mask).nonzero().flatten().tolist()
+    for start in range(0, 60, window or 60):
+        own = places[start : start + (window or 60)]
+        right = own[-1] + 1
+        for m_t, m_s in itertools.pairwise(steps):
+            owner = 0 if m_t <= 0.4 else 1 if m_t <= 0.7 else 2  # depth by noise
+            before = expected.clone()
+            left = before[:, :right] if attention == "causal" else before
+            if order == "ancestral":
+                after = reverse_step(model, left, m_t, m_s, owner, right, **draws)
+            else:
+                after = confident_step(model, left, round(m_s * len(own)), owner, right, **draws)
+                assert (after[:, own] == mask).sum() == 2 * round(m_s * len(own))
+            expected[:, :right] = after[:, :right]
+            was_shown = before != mask
+            assert torch.equal(before[was_shown], expected[was_shown])  # nothing is taken back
+            assert (expected[:, right:] == x[:, right:]).all()
+            changed = (before != expected).any(1)
+            n_layers += changed * 2 * (owner + 1)
+            shown += [expected.clone()] if changed.any() else []
+        assert not (expected[:, :right] == mask).any()
+    assert torch.equal(ids, expected) and layers.tolist() == n_layers.tolist()
+    assert len(seen) == len(shown) and all(map(torch.equal, seen, shown))
+    assert torch.equal(ids, e.sample(model, x, order, window, seed=1)[0])
+    assert not torch.equal(ids, e.sample(model, x, order, window, seed=2)[0])
+    if window is None:
+        assert torch.equal(ids, e.sample(model, x, order, 60, seed=1)[0])
+
+
+def test_windows_of_one_token_are_left_to_right():
+    """By confidence draw for draw; by ancestral sampling in distribution."""
+    model = toy_model()
+    x = canvas(model.config, [1, 4], 6, rows=4000)
+    for exit_k in (0, 2):
+        one = e.sample(model, x, "confidence", 1, exit_k, seed=3)[0]
+        assert torch.equal(one, e.sample(model, x, "left-to-right", exit_k=exit_k, seed=3)[0])
+        other = e.sample(model, x, "ancestral", 1, exit_k, seed=4)[0]
+        for place in (2, 7):
+            shares = [ids[:, place].bincount(minlength=TOY.vocab_size) / 4000
+                      for ids in (one, other)]  # fmt: skip
+            # A share of 0.2 has a standard error of 0.006; the four tokens' own differ by more.
+            torch.testing.assert_close(*shares, atol=0.04, rtol=0)
 
 
 def test_confidence_reveals_the_likeliest_draws_first():
@@ -558,9 +597,9 @@ def test_confidence_reveals_the_likeliest_draws_first():
     x = canvas(model.config, [3], 7)
     for exit_k in (0, 2):
         seen = []
-        e.sample(model, x, "confidence", exit_k, steps=2, temperature=0.0,
-                 watch=lambda m, x: seen.append(x.clone()))
-        p, token = torch.softmax(model(x[None], exit_k)[0, :-1], -1).max(-1)
+        e.sample(model, x, "confidence", exit_k=exit_k, steps=2, temperature=0.0,
+                 watch=lambda x: seen.append(x[0].clone()))
+        p, token = torch.softmax(model(x, exit_k)[0, :-1], -1).max(-1)
         shown = torch.zeros(7, dtype=torch.bool).index_fill(0, p.topk(3).indices, True)
         assert torch.equal(seen[1][1:] != model.config.mask_id, shown)  # 7 - round(7 / 2)
         assert torch.equal(seen[1][1:][shown], token[shown])
@@ -583,16 +622,15 @@ def test_top_p_draws_in_proportion_also_from_flat_rows():
 def test_left_to_right_writes_one_token_after_another_from_any_exit():
     """Blanks too. At temperature 0 each token is the likeliest one after what stands before it."""
     model = toy_model()
-    x = torch.tensor([3, TOY.mask_id, 1, TOY.mask_id, TOY.mask_id, 0, TOY.mask_id])
+    x = torch.tensor([[3, TOY.mask_id, 1, TOY.mask_id, TOY.mask_id, 0, TOY.mask_id]])
     for block in range(3):
         seen = []
-        ids, layers = e.sample(model, x, "left-to-right", block, temperature=0.0,
-                               watch=lambda m, x: seen.append((m, x.clone())))
-        assert ids[[0, 2, 5]].tolist() == [3, 1, 0] and layers == 4 * 2 * (block + 1)
+        ids, layers = e.sample(model, x, "left-to-right", exit_k=block, temperature=0.0,
+                               watch=lambda x: seen.append(x.clone()))
+        assert ids[0, [0, 2, 5]].tolist() == [3, 1, 0] and layers == 4 * 2 * (block + 1)
         for i in (1, 3, 4, 6):
-            assert ids[i] == model(ids[None, :i], block)[0, -1].argmax()
-        assert [m for m, _ in seen] == [1.0, 0.75, 0.5, 0.25, 0.0]
-        assert [(x == TOY.mask_id).sum() for _, x in seen] == [4, 3, 2, 1, 0]
+            assert ids[0, i] == model(ids[:, :i], block)[0, -1].argmax()
+        assert [(x == TOY.mask_id).sum() for x in seen] == [4, 3, 2, 1, 0]
     assert torch.equal(e.sample(model, x, "left-to-right", temperature=0.0)[0], ids)  # the last
     assert (x == TOY.mask_id).sum() == 4
 
@@ -642,11 +680,12 @@ def test_eval_json_holds_what_is_printed(run, capsys):
     printed = out(capsys)
     result = run.evaluation()
     assert result.keys() == e.EVALUATION_KEYS | {"losses", "precision"}
-    assert printed.startswith("\ntoy (fused, frozen), weights in fp16, 8 validation rows\n")
+    total = result["memory"]["weights"]["total"]
+    assert printed.startswith(f"\ntoy (fused, frozen), weights in fp16, {total:.1f} MiB; "
+                              "8 validation rows\n")  # fmt: skip
     assert "written to checkpoints/toy/eval.json" in printed and result["rows"] == 8
     for start, rows in (
         ("mask_fraction ", result["time_steps"]), ("loss ", result["losses"]),
-        ("trainable ", [result["memory"]["weights"]]),
         ("stage  steps", result["memory"]["stages"]),
     ):  # fmt: skip
         table = table_in(printed, start)[: len(rows)]
@@ -780,7 +819,7 @@ def test_every_command_has_its_help(capsys):
         ([], ["report", "sample", "compare", "plot", "precision", "export"]),
         (["report"], ["--run", "--precision", "--full", "--json", "--device"]),
         (["sample"], ["--order", "--exit", "--length", "--steps", "--temperature", "--top-p",
-                      "--seed", "--watch", "--precision", "--run", "____"]),
+                      "--seed", "--watch", "--window", "--gif", "--precision", "--run", "____"]),
         (["compare"], ["RUN"]), (["plot"], ["RUN", "--to"]),
         (["precision"], ["--run", "--full", "--json"]),
         (["export"], ["FOLDER", "--run", "--precision"]),
@@ -824,7 +863,9 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys):
         (["sample", "--steps", "x"], ["--steps", "invalid int"]),
         (["sample", "--exit", "7"], ["exit 7 does not exist", "0 to 2"]),
         (["sample", "--order", "sideways"], ["--order", "ancestral"]),
-        (["sample", "--order", "left-to-right", "--steps", "3"], ["no time steps"]),
+        (["sample", "--order", "left-to-right", "--steps", "3"], ["no windows or time steps"]),
+        (["sample", "--order", "left-to-right", "--window", "3"], ["no windows or time steps"]),
+        (["sample", "--window", "0"], ["--window", "at least 1"]),
         (["compare"], ["RUN"]), (["compare", "toy", "none"], ["'none'"]),
         (["export"], ["FOLDER"]), (["export", run.folder], ["name a new folder"]),
         (["export", ""], ["name a new folder"]),
@@ -847,31 +888,67 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     texts = {out(capsys, "sample", "--order", order, "--exit", exit_k, "--length", "20")
              for order in ("ancestral", "confidence", "left-to-right") for exit_k in "02"}
     assert len(texts) == 6  # one seed, but every order and exit writes its own
-    printed = out(capsys, "sample", "--watch", "--order", "confidence", "--length", "12",
-                  "--steps", "4")
+    printed = out(capsys, "sample", "--watch", "--window", "12", "--length", "12", "--steps", "4")
     assert [line.count("░") for line in printed.split("\n")[:-1]] == [12, 9, 6, 3, 0]
-    printed = out(capsys, "sample", "we", "--watch", "--order", "left-to-right", "--length", "4")
-    lines = printed.split("\n")[:-1]
-    assert [line[:10] for line in lines] == [f"m {m:.2f}  we" for m in (1, 0.75, 0.5, 0.25, 0)]
-    assert [line[10:].rstrip("░").count("░") for line in lines] == [0] * 5
+    printed = out(capsys, "sample", "we", "--watch", "--window", "2", "--length", "4")
+    lines = printed.split("\n")[:-1]  # two windows; in each one token, then the other
+    assert [line[:7] for line in lines] == [f"  {n}  we" for n in (4, 3, 2, 1, 0)]
     assert [line.count("░") for line in lines] == [4, 3, 2, 1, 0]
+    assert lines[1].endswith("░░") and lines[2].endswith("░░") and "░" not in lines[2][7:-2]
     assert (run.folder / "eval.json").read_bytes() == evaluated
-    # on a terminal the text is redrawn in place
+
+
+def test_a_watched_text_is_redrawn_in_place_on_a_terminal(run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(e.time, "sleep", lambda seconds: None)
     printed = out(capsys, "sample", "--watch", "--steps", "3", "--length", "8")
     assert printed.count("\033[2A\r\033[J") == 3  # two lines, drawn four times
-    assert printed.count("m 0.33: ░ is [MASK]") == 1
+    assert printed.count("5 of 8 tokens are [MASK]; red: revealed first, blue: last") == 1
     monkeypatch.setattr(e.shutil, "get_terminal_size", lambda *_: os.terminal_size((12, 5)))
-    printed = out(capsys, "sample", "--watch", "--steps", "1", "--length", "31")
+    printed = out(capsys, "sample", "--watch", "--steps", "1", "--window", "31", "--length", "31")
     assert printed.count("\033[4A\r\033[J") == 1  # 31 masks are three lines of eleven; 5 - 2 fit
-    assert printed.count("░") > 8 and f"38;5;{e.RAMP[0]}m" in printed
-    assert printed[printed.rindex("\033[J") :].count("░") == 1  # in the heading
+    assert printed.count("░") == 31 and f"38;5;{e.RAMP[-1]}m" in printed
+
+
+def test_a_token_has_the_colour_of_when_it_was_revealed():
+    encoding = tokenizer(257)
+    watch = e.Watcher(encoding, mask_id := 257, show=False)
+    x = torch.tensor([[256, 64, *[mask_id] * 12]])
+    watch(x)
+    for position in (5, 2, 13):
+        x[0, position] = 65
+        watch(x)
+    x[0, 2:] = 65
+    watch(x)
+    assert [heading for heading, _ in watch.frames] == [
+        f"{masked} of 12 tokens are [MASK]" for masked in (12, 11, 10, 9, 0)]  # fmt: skip
+    start, *_, third, last = (cells for _, cells in watch.frames)
+    assert start == [("a", None)] + [("░", "masked")] * 12
+    assert [cell for cell in third if cell[1] != "masked"] == [
+        ("a", None), ("b", 1), ("b", 0), ("b", 2)]  # fmt: skip
+    assert [colour for _, colour in last] == [None, 1, 11, 11, 0, *[11] * 7, 2]
+    assert e.ansi(None) == "0" and e.ansi("masked") == "2" and e.ansi(0) == "38;5;196"
+    assert e.hex_colour(0) == "#ff0000" and e.hex_colour(11) == "#5f5fff"
+
+
+def test_the_steps_as_a_moving_picture(run, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    printed = out(capsys, "sample", "we", "--length", "16", "--gif", "a.gif")
+    assert printed.startswith("we") and printed.endswith("written to a.gif\n")
+    assert "░" not in printed  # without --watch nothing but the text
+    with image.open("a.gif") as picture:
+        assert picture.n_frames == 17 and picture.size[0] == 608  # 16 in windows of 8, and the start
+        picture.seek(16)
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(10_000)}
+        assert (0x16, 0x16, 0x16) in colours and len(colours) > 20  # of tokens, on the ground
+    fails(e.main, ["sample", "--gif", "missing/a.gif"], capsys, "missing", "No such file")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fails(e.main, ["sample", "--gif", "b.gif"], capsys, "pip install matplotlib")
 
 
 def test_watched_text_is_broken_between_words_and_fits():
     def lines(text, width):
-        wrapped = e.wrapped([(character, "0") for character in text], width)
+        wrapped = e.wrapped([(character, None) for character in text], width)
         return ["".join(character for character, _ in line) for line in wrapped]
 
     assert lines("one three five", 12) == ["one three ", "five"]
@@ -882,14 +959,18 @@ def test_watched_text_is_broken_between_words_and_fits():
 def test_a_run_is_sampled_the_way_it_was_trained(run, monkeypatch, capsys):
     orders = []
     real = e.sample
-    monkeypatch.setattr(e, "sample", lambda model, x, order, **how: orders.append(order) or real(
-        model, x, order, **how))  # fmt: skip
+
+    def recorded(model, x, order, window, **how):
+        orders.append((order, window))
+        return real(model, x, order, window, **how)
+
+    monkeypatch.setattr(e, "sample", recorded)
     assert "note" not in out(capsys, "sample", "--length", "3")
     set_config(run, "training", time_step_masking=False)
     assert "note" not in out(capsys, "sample", "--length", "3")
     printed = out(capsys, "sample", "--length", "3", "--order", "confidence")
     assert printed.startswith("note: trained without masks: [MASK] is new to this model\n")
-    assert orders == ["ancestral", "left-to-right", "confidence"]
+    assert orders == [("confidence", e.WINDOW), ("left-to-right", None), ("confidence", e.WINDOW)]
     set_config(run, "training", time_step_masking=True)
     set_config(run, "model", attention_mode="bidirectional")
     assert "note" not in out(capsys, "sample", "a ____ b")
@@ -927,7 +1008,7 @@ def test_every_command_takes_pretrained_weights_as_a_run(run, weights, tmp_path,
     for name in ("hf", "hf/model.safetensors"):
         assert str(Run.named(name)) == name
         printed = out(capsys, "--run", name)
-        assert "next-token), weights in fp32" in printed and "whole run" not in printed
+        assert "next-token), weights in fp32" in printed and "s of training" not in printed
         result = json.loads(Path("hf/eval.json").read_text())
         assert result["left_to_right"] == pytest.approx(e.left_to_right(model, rows), abs=1e-6)
         assert (result["train_seconds"], result["train_tokens"]) == (0, 0)

@@ -1,5 +1,6 @@
 """tests/samples.py: the figures of a text by hand, the table of a toy run, its mistakes."""
 
+import itertools
 import json
 import math
 import sys
@@ -35,20 +36,30 @@ def test_every_way_to_sample_is_measured(run, capsys):
     result = json.loads((run.folder / "samples.json").read_text())
     assert (result["samples"], result["tokens"], result["judge"]) == (2, 31, "toy")
     table = result["table"]
-    assert [(row["order"], row.get("depth")) for row in table] == [
-        ("ancestral", "by noise"), ("ancestral", "exit 2"), ("confidence", "by noise"),
-        ("confidence", "exit 2"), ("left-to-right", "exit 2"), ("validation text", None),
-    ]  # fmt: skip
-    assert all(0 < row["layers"] for row in table[:5]) and table[4]["layers"] == 31 * 6
-    assert table[0]["layers"] < table[1]["layers"] and table[2]["layers"] < table[3]["layers"]
+    ways = [tuple(row.get(key) for key in ("order", "window", "steps", "exit")) for row in table]
+    orders = ("ancestral", "confidence")
+    assert ways == [
+        *itertools.product(orders, (1, 2, 4, 8, 16, 32, None), (None, 4, 2), [None]),
+        *itertools.product(orders, (8, None), [None], (0, 2)),
+        *(("left-to-right", None, None, exit_k) for exit_k in range(3)),
+        ("validation text", None, None, None),
+    ]
+    layers = dict(zip(ways, (row.get("layers") for row in table)))
+    # A token a step from exit k: its layers, 2 (k + 1), once for each token.
+    assert [layers["left-to-right", None, None, exit_k] for exit_k in range(3)] == [2, 4, 6]
+    # Of 31 tokens, round(31 / 2) and the rest are shown in two steps, at m = 1 and 0.5: exits 2, 1.
+    assert layers["confidence", None, 2, None] == pytest.approx((6 + 4) / 31)
+    # One after another they are shown where m falls to 0.5: from 0.6 exit 1, from 1 exit 2.
+    assert layers["confidence", 1, None, None] == 4 and layers["confidence", 1, 2, None] == 6
+    assert layers["ancestral", None, None, 0] < layers["ancestral", None, None, 2]
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
     printed = capsys.readouterr().out
     assert "2 samples of 31 tokens" in printed and "judge: toy" in printed
     assert f"{table[3]['judge_perplexity']:.1f}" in printed
     assert (run.folder / "eval.json").read_bytes() == evaluated
-    assert samples.main([*command, "--length", "5", "--steps", "3"]) == 0
+    assert samples.main([*command, "--length", "5"]) == 0
     result = json.loads((run.folder / "samples.json").read_text())
-    assert result["tokens"] == 5 and result["table"][3]["layers"] == 3 * 6
+    assert result["tokens"] == 5
     assert all(row["judge_perplexity"] is None for row in result["table"])
 
 

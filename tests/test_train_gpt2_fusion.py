@@ -7,7 +7,9 @@ import json
 import math
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -280,10 +282,16 @@ def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix():
 def test_the_whole_run(toy, capsys):
     assert train.main(toy(training__max_steps=240, training__lr="3e-3")) == 0
     printed = capsys.readouterr().out
-    for word in ("frozen", "adapters", "no GPU: about", "validation", "nelbo", "sample", "eta",
-                 "training tokens of", "text.txt", "nats_per_token",
-                 "backed up, verified, and now stored in fp16: 3 of 3 blocks"):  # fmt: skip
+    for word in ("frozen", "adapters", "no GPU: about", "nelbo", "eta", "training tokens of",
+                 "text.txt", "nats_per_token",
+                 "stage 0: layers 0-1 and embeddings learn m 0.1 0.2 0.3 0.4\n",
+                 "stage 2: layers 4-5 learn m 0.8 0.85 0.9 0.95 0.99 on top of blocks 0-1, frozen "
+                 "in fp16, adapted by LoRA\n",
+                 "backed up, verified, and now stored in fp16: 3 of 3 blocks",
+                 "written by diffusion", "written left to right, from exit",
+                 "real text, from validation:\n"):  # fmt: skip
         assert word in printed, word
+    assert re.search(r"step   120/120  loss .* eta 0:\d\d  validation \d\.\d{4}\n", printed)
     run = Run(toy.folder)
     have = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     assert have == {"config.json", "metrics.jsonl", "checkpoint.safetensors", "eval.json", "lock",
@@ -483,6 +491,30 @@ def test_plain_qlora_begins_at_the_pretrained_loss():
         quant.freeze_block(model, 0, kind)
         train.begin_stage(model, stage, training)
         assert next_token_loss(model.eval(), idx) == pytest.approx(before, abs=tolerance), kind
+
+
+def test_the_last_lines_are_commands_that_work(toy, no_report, monkeypatch, capsys):
+    """Also with a name and a folder that must be quoted. The control does about the same work."""
+    for changes in ({}, {"training__folder": toy.folder / "my runs", "training__run_id": "a b"}):
+        assert train.main(toy(**changes)) == 0
+        lines = capsys.readouterr().out.split("\n")
+        lines = [shlex.split(line, comments=True) for line in lines if line.startswith("  python ")]
+        scripts = [words[1] for words in lines]
+        assert scripts == ["evaluate_gpt2.py"] * 2 + ["train_gpt2_fusion.py", "evaluate_gpt2.py"]
+        folder = str(changes.get("training__folder", toy.folder.parent))
+        name = changes.get("training__run_id", "toy")
+        assert lines[0][2:] == ["sample", "The people of", "--run", f"{folder}/{name}", "--watch"]
+        assert lines[1][2:] == ["plot", f"{folder}/{name}"]
+        assert lines[3][2:] == ["compare", f"{folder}/{name}", f"{folder}/{name}-control"]
+        assert train.main(lines[2][2:]) == 0
+        runs = [Run(f"{folder}/{name}"), Run(f"{folder}/{name}-control")]
+        work = [sum(stage.steps * train.matmul_flops(stage, run.config.model)
+                    for stage in train.fusion_schedule(run.config.model, run.config.training))
+                for run in runs]  # fmt: skip
+        assert work[1] == pytest.approx(work[0], rel=0.1)  # to the nearest of 7 steps
+        assert runs[1].config.training.mode == "standard"
+        printed = capsys.readouterr().out  # of the control: no control of its own
+        assert printed.count("\n  python ") == 2
 
 
 # --- killed and resumed ----------------------------------------------------------------------
