@@ -36,6 +36,11 @@ def test_every_row_is_a_valid_configuration(row):
         assert min(stage.steps for stage in stages) > least
 
 
+def test_what_was_measured_names_the_command_of_today():
+    assert {row: entry["command"] for row, entry in study.measured().items()} == {
+        row: study.command_of(row, EVERY[row]) for row in EVERY if row in study.measured()}
+
+
 def test_exercises_that_need_code_are_found_in_the_readme():
     assert [*study.exercises()] == ["shift-off", "masked-only", "shared-adapters",
                                     "embeddings-on", "three-bit", "leftmost-first"]  # fmt: skip
