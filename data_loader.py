@@ -49,9 +49,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
-        argument = re.match(r"unrecognized arguments: --(\w+=\S+)", message)
-        if argument and meant_by(argument[1]) != "section.key=value":
-            raise UserError(f"--{argument[1]}: write {meant_by(argument[1])}")
+        argument = re.match(r"unrecognized arguments: --(\w+\.)?(\w+=\S+)", message)
+        if argument and meant_by(argument[2]) != "section.key=value":
+            raise UserError(f"{message}: write {meant_by(argument[2])}")
         raise UserError(f"{message}; see {self.prog} --help")
 
     def exit(self, status=0, message=None):
@@ -146,6 +146,11 @@ def write_file(path, pieces, sealed=False):
     return seal.hex()
 
 
+def user_path(name):
+    """A path as a user writes it: ~ is the home folder, where there is one."""
+    return Path(os.path.expanduser(name))
+
+
 def write_json(path, value):
     """Write `value` as JSON through `write_file`."""
     write_file(path, [json.dumps(value, indent=1).encode()])
@@ -197,7 +202,8 @@ def seal_of(path):
             whole.update(file.read(min(1 << 20, size - 32 - start)))
         seal = file.read()
     if seal != whole.digest():
-        raise UserError(f"{path} is damaged, or not a file of this program ({size:,} bytes)")
+        raise UserError(f"{path} is damaged, or not a file of this program ({size:,} bytes); "
+                        f"README.md, Troubleshooting, says what to do")
     return seal.hex()
 
 
@@ -283,7 +289,8 @@ def one_of(*names):
     return names.__contains__, " or ".join(names)
 
 
-POSITIVE = (lambda value: value >= 1, "at least 1")
+POSITIVE = (lambda value: 1 <= value <= 10**9, "from 1 to 10^9")
+SIZE = (lambda value: 1 <= value <= 10**6, "from 1 to 10^6")
 ABOVE_0 = (lambda value: value > 0, "above 0")
 AT_LEAST_0 = (lambda value: value >= 0, "at least 0")
 SHARE = (lambda value: 0 <= value < 1, "in [0, 1)")
@@ -324,8 +331,8 @@ class ModelConfig:
     def __post_init__(self):
         check(
             self,
-            ("d_model n_layers n_heads total_blocks block_size", *POSITIVE),
-            ("vocab_size seq_len", lambda value: value >= 2, "at least 2"),
+            ("d_model n_layers n_heads total_blocks block_size", *SIZE),
+            ("vocab_size seq_len", lambda value: 2 <= value <= 10**6, "from 2 to 10^6"),
             ("attention_mode", *one_of("causal", "bidirectional")),
             ("dropout", *SHARE),
             ("init_from", *FILLED),
@@ -396,14 +403,15 @@ class TrainingConfig:
             ("fusion_mode", *one_of("frozen", "trainable")),
             ("quantization_type", *one_of("fp32", "fp16", "int4", "nf4")),
             ("compute_type", *one_of("auto", "fp32", "bf16", "fp16")),
-            ("batch_size gradient_accumulation max_steps qlora_rank log_interval eval_interval "
-             "eval_rows checkpoint_interval", *POSITIVE),
+            ("qlora_rank", *SIZE),
+            ("batch_size gradient_accumulation max_steps log_interval eval_interval eval_rows "
+             "checkpoint_interval", *POSITIVE),
             ("lr qlora_lr qlora_alpha grad_clip", *ABOVE_0),
             ("weight_decay warmup_steps", *AT_LEAST_0),
             ("seed", lambda seed: 0 <= seed < 2**53, "from 0 to 2^53"),
             ("beta2 lr_min_share qlora_dropout", *SHARE),
             ("block_steps", lambda shares: min(shares, default=0) > 0, "above 0"),
-            ("block_steps", lambda shares: sum(shares) < math.inf, "of a finite sum"),
+            ("block_steps", lambda shares: max(shares) <= 10**9, "at most 10^9"),
             ("run_id", re.compile(r"[^-./\\\0][^/\\\0]*").fullmatch, "a plain folder name"),
             ("folder device", *FILLED),
         )  # fmt: skip
@@ -519,7 +527,7 @@ def config_files(path):
 
 def preset_names(path=DEFAULTS):
     """The presets of a config file."""
-    return [name for where, tree in config_files(path)
+    return [str(name) for where, tree in config_files(path)
             for name in mapping(tree.get("presets"), f"{where}: presets")]  # fmt: skip
 
 
@@ -541,7 +549,7 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
     presets = {}
     for where, tree in files:
         for name, tree_of_preset in mapping(tree.pop("presets", None), f"{where}: presets").items():
-            presets[name] = (f"{where}: presets.{name}", tree_of_preset)
+            presets[str(name)] = (f"{where}: presets.{name}", tree_of_preset)
     if preset is not None and preset not in presets:
         raise UserError(f"{path}: unknown preset {preset}: there are {', '.join(presets)}")
     # (where it is said, {section: {key: value}}); what comes later wins
@@ -578,7 +586,7 @@ def build_config(layers):
                 try:
                     values[section][key] = typed(value, kind)
                 except TypeError:
-                    wanted = NAMES_OF_TYPES.get(kind, kind)
+                    wanted = NAMES_OF_TYPES.get(kind, "a list as in gpt2.yaml")
                     raise UserError(f"{where}: {section}.{key} must be {wanted}, not "
                                     f"{value!r} ({type(value).__name__})") from None
     for section in SECTIONS:  # not by `owner`: training and data both have a key `folder`
@@ -620,9 +628,9 @@ GPT2_VOCAB_SIZE = 50_257
 
 def read_committed(path, sha256):
     """The bytes of a file of this repository. UserError if they are not what was committed."""
-    data = path.read_bytes()
+    data = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is damaged (its sha256 differs): git checkout {path}")
+        raise UserError(f"{path} is missing or damaged (its sha256 differs): git checkout {path}")
     return data
 
 
@@ -667,7 +675,7 @@ def tokenizer(vocab_size):
 def read_records(path):
     """Yield the texts of a .jsonl (one a line) or .json: strings, or objects with "text"."""
     text = read_text(path)
-    for number, line in enumerate(text.split("\n") if path.suffix == ".jsonl" else [text], 1):
+    for number, line in enumerate(text.split("\n") if path.suffix.lower() == ".jsonl" else [text], 1):
         try:
             value = json.loads(line if line.strip() else "[]")
         except (ValueError, RecursionError) as error:
@@ -684,14 +692,15 @@ def source_files(source):
     """The files of a text, in a fixed order. UserError if there are none."""
     if source == "sotu":
         return [CORPUS]
-    source = Path(source).expanduser()
+    source = user_path(source)
     if not source.exists():
         raise UserError(f"data.source: {source} does not exist: give a file, a folder, or sotu")
     files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not files:
         raise UserError(f"data.source: the folder {source} holds no .txt")
-    if not all(file.is_file() for file in files):
-        raise UserError(f"data.source: {source} is not a regular file or a folder of such")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"data.source: {file} is not a regular file")
     return files
 
 
@@ -709,7 +718,7 @@ def read_examples(source, num_examples):
         for row in map(json.loads, rows):
             examples[row["split"]].append(row["text"])
     for path in source_files(source) if source != "sotu" else ():
-        if path.suffix in (".json", ".jsonl"):
+        if path.suffix.lower() in (".json", ".jsonl"):
             texts = [*read_records(path)]
         else:
             text = read_text(path)
@@ -740,12 +749,12 @@ def load_tokens(config, vocab_size):
                  "vocab_size": vocab_size, "merges": MERGES_SHA256}  # fmt: skip
     if config.source == "sotu":
         made_from["text_sha256"] = CORPUS_SHA256
-    elif Path(config.source).expanduser().exists():  # if it is gone, what was made of it serves
+    elif user_path(config.source).exists():  # if it is gone, what was made of it serves
         sums = hashlib.sha256()
         for path in source_files(config.source):
             sums.update(hashlib.sha256(path.read_bytes()).digest())
         made_from["text_sha256"] = sums.hexdigest()
-    folder = Path(config.folder).expanduser()
+    folder = user_path(config.folder)
     paths = {split: folder / f"{split}_{vocab_size}.bin" for split in ("train", "val")}
     try:
         found = {split: read_tensors(path) for split, path in paths.items() if path.exists()}

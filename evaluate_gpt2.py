@@ -41,7 +41,7 @@ import sys
 import textwrap
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,8 +51,8 @@ import torch
 import lora
 import quant
 from data_loader import (Parser, UserError, load_config, load_tokens, one_line_errors,
-                         read_tensors, token_bytes, tokenizer, validation_rows, write_json,
-                         write_tensors)
+                         read_tensors, token_bytes, tokenizer, user_path, validation_rows,
+                         write_json, write_tensors)
 from model import (GPT, autocast, block_of, compute_type, confident_step, corrupt, diffusion_loss,
                    read_pretrained, reverse_step, sample_tokens)
 
@@ -94,7 +94,7 @@ class Run:
     """
 
     def __init__(self, path):
-        path = Path(path).expanduser()
+        path = user_path(path)
         self.weights = path if is_pretrained(path) else None
         self.folder = path.parent if path.is_file() else path
         self.name = path.name
@@ -126,7 +126,11 @@ class Run:
                 raise UserError(f"no run in {runs_folder()}/; train one first: python "
                                 f"train_gpt2_fusion.py")
             return cls(files[-1].parent)
-        path = Path(name).expanduser()
+        path = user_path(name)
+        if path.is_file() and (path.parent / "metrics.jsonl").is_file():  # a file of a run
+            path = path.parent
+        if not str(name).strip():
+            raise UserError("name a run, or leave --run out for the newest")
         is_one = is_pretrained(path) or (path / "config.json").is_file()
         return cls(path if is_one else runs_folder() / name)
 
@@ -164,6 +168,7 @@ class Run:
         if self.tokens_sha256 not in (None, digest):
             raise UserError(f"the text {self.config.data.source} has changed since run {self.name} "
                             f"was begun; put the old one back, or train another run")
+        self.tokens_sha256 = digest  # pretrained weights come without
         return train, val
 
     def record(self, event, **values):
@@ -224,8 +229,17 @@ class Run:
 
     def state(self):
         """The State of the last checkpoint; None where there is none yet."""
+        return self._checkpoint()[0] if self.has_checkpoint(self.folder) else None
+
+    def _checkpoint(self):
+        """What checkpoint.safetensors holds: (State, tensors)."""
         path = self.folder / "checkpoint.safetensors"
-        return State(**read_tensors(path)[1]) if self.has_checkpoint(self.folder) else None
+        tensors, facts, _ = read_tensors(path)
+        try:
+            return State(**facts), tensors
+        except TypeError as error:
+            raise UserError(f"{path} is of another version of this code ({error}); train the run "
+                            f"again") from None
 
     def resume(self, device="cpu", precision=None):
         """Rebuild the run as of its last checkpoint: the one place that reads its weights.
@@ -239,17 +253,17 @@ class Run:
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return None, None, None
-        tensors, facts, _ = read_tensors(path)
-        state = State(**facts)
+        state, tensors = self._checkpoint()
         kind = precision or self.config.training.quantization_type
         model = GPT(self.config.model, blocks=0)
         for block, seal in enumerate(state.backups):
             backup = self.folder / "backup" / f"block_{block}.safetensors"
             if not backup.exists():
                 raise UserError(f"{backup} is missing; put a copy back, or train the run again")
-            stored, _, found = read_tensors(backup)
+            stored, facts, found = read_tensors(backup)
             if found != seal:
                 raise UserError(f"{backup} is not the one that {path} counts on; put that back")
+            self._check_config(facts["config"])
             model.grow()
             self._fill(model, stored, [block], backup)
             quant.freeze_block(model, block, kind)
@@ -260,6 +274,16 @@ class Run:
                      for name in [*tensors] if name.startswith("optimizer.")}  # fmt: skip
         self._fill(model, tensors, unfinished, path)
         return model.to(device), state, optimizer
+
+    def _check_config(self, trained):
+        """UserError where config.json is no longer what a block was trained with."""
+        for section, entries in json.loads(json.dumps(self.config.tree())).items():
+            for key, value in entries.items():
+                if section == "model" or key.startswith("qlora_") or key == "seed":
+                    if trained[section][key] != value:
+                        raise UserError(f"{self.folder / 'config.json'} has been changed: "
+                                        f"{section}.{key} was {trained[section][key]!r} and is "
+                                        f"now {value!r}; put the old one back")
 
     def _fill(self, model, tensors, blocks, path):
         """Fill `blocks` from tensors by name, adapters and [MASK] row too where there are any.
@@ -318,12 +342,12 @@ class Run:
 
 
 EVALUATION_KEYS = {"nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "time_steps", "unigram",
-                   "bits_per_byte", "memory", "train_seconds", "train_tokens", "rows", "config"}
+                   "bits_per_byte", "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
 
 
 def runs_folder():
     """Where a run is looked for by its name."""
-    return Path(load_config().training.folder).expanduser()
+    return user_path(load_config().training.folder)
 
 
 def lock_file(file):
@@ -539,6 +563,11 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
     frequencies of the training text (one added to every count), in nats per token."""
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[np.asarray(tokens).ravel()].mean())
+
+
+def perplexity(nats):
+    """exp of a loss, as far as a float reaches."""
+    return math.exp(min(nats, 700))
 
 
 def units_of(rows, encoding):
@@ -898,12 +927,13 @@ def report(run, model, full=False, precision=None, path=None, say=print):
     result |= {
         "unigram": unigram,
         "losses": [{"loss": name, "nats_per_token": nats, "stderr": error,
-                    "perplexity": math.exp(nats),
-                    "perplexity_per_word": math.exp(min(nats / words_per_token, 700)),
+                    "perplexity": perplexity(nats),
+                    "perplexity_per_word": perplexity(nats / words_per_token),
                     "bits_per_byte": bits_per_byte(nats)} for name, nats, error in losses],
         "bits_per_byte": {"nelbo": bits_per_byte(result["nelbo"]),
                           "left_to_right": bits_per_byte(min(exits)) if exits else None},
         "precision": precision or training.quantization_type,
+        "tokens_sha256": run.tokens_sha256,
         "memory": {"weights": memory(model), "stages": stages},
         "train_seconds": sum(stage["seconds"] for stage in stages),
         "train_tokens": sum(stage["tokens"] for stage in stages),
@@ -981,12 +1011,13 @@ def kind_of_run(config):
 
 def compare(runs):
     """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
-    rows, texts, scored = [], set(), set()
+    rows, texts, scored, unfinished = [], defaultdict(set), set(), []
     for run in runs:
-        result, data = run.evaluation(), run.config.data
-        model, training = run.config.model, run.config.training
-        texts.add((data.source, data.num_examples))
-        scored.add((run.tokens_sha256, model.vocab_size, model.seq_len, result["rows"]))
+        result, model, training = run.evaluation(), run.config.model, run.config.training
+        texts[model.vocab_size].add(result["tokens_sha256"])
+        scored.add((model.vocab_size, model.seq_len, result["rows"]))
+        if not run.weights and len(result["memory"]["stages"]) < model.total_blocks:
+            unfinished.append(run.name)
         stages, exits = result["memory"]["stages"], result["left_to_right"]
         row = {
             "run": run.name, "trained": kind_of_run(run.config),
@@ -1004,11 +1035,14 @@ def compare(runs):
                  "held_mib": ",.0f", "peak_mib": ",.0f", "nelbo_12": ".3f", "nelbo": ".3f",
                  "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
     print("left_to_right is that of the best exit; bits are per byte of text")
-    if len(texts) > 1:
+    if unfinished:
+        print(f"note: not trained to the end: {', '.join(unfinished)}; seconds and tokens are those "
+              "of whole stages")
+    if max(map(len, texts.values())) > 1:
         print("note: these runs were scored on different texts: their figures cannot be compared")
     elif len(scored) > 1:
         print("note: these runs were scored on different rows or vocabularies: only their bits per "
-              "byte can be compared")
+              "byte can be compared, and only if the text is the same")
 
 
 def precision_table(run, device, full=False):
@@ -1037,7 +1071,7 @@ def precision_table(run, device, full=False):
         nats = row["nelbo_12"] if masked else min(exits)
         if kind == "fp32":
             reference = nats
-        table.append(row | {"to_fp32": nats - reference, "perplexity": math.exp(nats)})
+        table.append(row | {"to_fp32": nats - reference, "perplexity": perplexity(nats)})
     print(f"{run.name}, {len(rows)} validation rows; left_to_right: exits 0, 1, ...\n")
     print_table({"storage": "", "layers_mib": ".1f", "bits_per_weight": ".3f",
                  "signal_to_noise_db": ".2f", "weights_mib": ".1f", "nelbo_12": ".4f",
@@ -1162,7 +1196,8 @@ def plot_memory(axes, runs, device):
     axes.set_xticks(range(len(labels)), labels, fontsize=11)
     axes.set(ylabel="held by training, MiB", ylim=(0, 1.05 * top or 1))
     axes.grid(axis="x", visible=False)
-    axes.figure.legend(loc="outside lower center", ncols=4)
+    if labels:
+        axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def write_gif(frames, path, columns=72):
@@ -1286,12 +1321,23 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def check_target(path):
+    """UserError for a --json PATH that cannot be written or would destroy a run: told before
+    minutes of scoring, not after."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a folder or a device; give --json the name of a file")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder; give --json another name")
+    if path.name in ("config.json", "metrics.jsonl") or path.suffix == ".safetensors":
+        raise UserError(f"{path} may be a file of a run; give --json another name")
+
+
 def export(run, target, precision=None):
     """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
     the layout cannot hold it, or `target` holds something already."""
     if not target.strip():
         raise UserError("name a new folder to export to")
-    target = Path(target)
+    target = user_path(target)
     if any((target / name).exists() for name in ("config.json", "model.safetensors")):
         raise UserError(f"{target} holds a model or run already; name a new folder")
     model = run.load(precision)
@@ -1335,16 +1381,16 @@ def main(argv=None):
         export(run, args.target, args.precision)
         return 0
     device, target = pick_device(args.device), getattr(args, "json", None)
-    if target and Path(target).is_dir():  # told now, not after minutes of scoring
-        raise UserError(f"{target} is a folder; give --json the name of a file")
+    if target:
+        check_target(user_path(target))
     if args.command == "report":
         name = f"eval_{args.precision}.json" if args.precision else "eval.json"
-        path = Path(target or run.folder / name)
+        path = user_path(target or run.folder / name)
         report(run, run.load(args.precision, device), args.full, args.precision, path)
     elif args.command == "sample":
         write_text(run, device, args)
     else:
-        path = Path(target or run.folder / "precision.json")
+        path = user_path(target or run.folder / "precision.json")
         write_json(path, precision_table(run, device, args.full))
         print(f"\nwritten to {path}")
     return 0

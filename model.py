@@ -724,7 +724,7 @@ def read_torch(path):
                     and not (tensor.is_meta or tensor.is_nested)):  # fmt: skip
                 raise ValueError(f"{name!r} is not the name of a dense tensor")
     except Exception as error:  # torch raises many kinds; all mean that this is no such file
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].partition(" (1)")[0]
         raise UserError(f"{path}: refused, not plain tensors ({reason})") from None
     return dict(tensors)
 

@@ -36,9 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 import lora
 import quant
 from data_loader import (DEFAULTS, Parser, UserError, load_config, load_tokens, one_line_errors,
-                         rows_in, training_rows, validation_rows)
+                         rows_in, training_rows, user_path, validation_rows)
 from evaluate_gpt2 import (MIB, Run, State, cell, is_pretrained, keep_freed_memory, kind_of_run,
-                           memory, memory_mib, pick_device, print_table, report, row_noise, score)
+                           memory, memory_mib, perplexity, pick_device, print_table, report,
+                           row_noise, score)
 from model import (GPT, autocast, compute_type, corrupt, diffusion_loss, read_pretrained,
                    stratified, time_steps_of)
 
@@ -356,9 +357,8 @@ class Trainer:
         train_mode(model, stage)
         ce, accuracy = (torch.stack([of_m.mean() for of_m in part]).mean().item()
                         for part in zip(*scores))  # fmt: skip
-        perplexity = math.exp(min(ce, 700))
         self.record("validation", stage=stage.block, step=step, cross_entropy=ce,
-                    perplexity=perplexity, accuracy=accuracy)
+                    perplexity=perplexity(ce), accuracy=accuracy)
         return f"  validation {ce:.4f}"
 
     def save(self, model, optimizer=None):
@@ -461,7 +461,8 @@ def check_finite(pending, stage, step, scaler, optimizer):
     Where `optimizer` is given, because its state or the weights are about to be saved, they are
     looked at too: the last update has not met a loss yet.
     """
-    advice = "the last checkpoint is as it was; lower training.lr and start a new run"
+    rate = "training.qlora_lr or training.lr" if stage.adapted else "training.lr"
+    advice = f"the last checkpoint is as it was; lower {rate} and start a new run"
     for number, (batch, ce, grad_norm) in enumerate(pending, step + 1 - len(pending)):
         # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
         if ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite()):
@@ -583,7 +584,10 @@ def stage_loss(model, stage):
 def say(text=""):
     """Print at once, also into a pipe or a log file; process 0 alone speaks."""
     if process()[0] == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # nobody reads on; the training goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def clock(seconds):
@@ -711,9 +715,12 @@ def open_run(folder, config, digest, resume, overwrite):
         raise UserError(f"{folder} holds weights in Hugging Face's layout, no run of ours; choose "
                         f"training.run_id=NAME")
     lock = Run.lock(folder)
-    for path in folder.rglob(".*.tmp"):
+    for path in [*folder.glob(".*.*.tmp"), *folder.glob("backup/.*.*.tmp")]:
         path.unlink()  # left by a process that was killed while it wrote
-    if not Run.has_checkpoint(folder):  # nothing to lose
+    begun = (folder / "config.json").exists()
+    if not Run.has_checkpoint(folder) and not (begun and overwrite):  # nothing of ours to lose
+        if begun:
+            Run(folder)  # UserError: it is not ours
         if resume:
             say(f"run {folder.name} has no checkpoint to resume from; it starts at the beginning")
         return Run.start(folder, config, digest), lock
@@ -777,7 +784,7 @@ def main(argv=None):
         config = load_config(args.config, args.preset, args.overrides, stored)
     else:
         config = load_config(args.config, args.preset, args.overrides)
-        folder = Path(config.training.folder).expanduser() / config.training.run_id
+        folder = user_path(config.training.folder) / config.training.run_id
     training = config.training
     device = start_processes(pick_device(training.device))
     stages = fusion_schedule(config.model, training)

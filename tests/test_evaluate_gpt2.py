@@ -51,6 +51,13 @@ def set_config(run, section, **values):
 # --- a run on disk ---------------------------------------------------------------------------
 
 
+def test_a_run_is_also_named_by_one_of_its_files(run, capsys):
+    for name in ("config.json", "eval.json", "checkpoint.safetensors"):
+        assert Run.named(run.folder / name).folder == run.folder
+    fails(e.main, ["--run", ""], capsys, "name a run")
+    fails(e.main, ["--run", "~nobody-of-this-name/x"], capsys, "no run")
+
+
 def test_a_run_is_named_by_name_by_path_or_is_the_newest(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("toy", "checkpoints/toy", "./checkpoints/toy/", "~/checkpoints/toy",
@@ -776,6 +783,50 @@ def test_precision_puts_every_storage_side_by_side(run, tmp_path, capsys):
     assert report["memory"]["weights"]["total"] == nf4["weights_mib"]
 
 
+def test_a_config_edited_by_hand_is_not_believed(run, capsys):
+    for section, key, value in (("model", "n_heads", 4), ("training", "qlora_alpha", 1600.0),
+                                ("training", "seed", 5)):  # fmt: skip
+        before = run.config.tree()[section][key]
+        set_config(run, section, **{key: value})
+        for command in ("report", "sample"):
+            fails(e.main, [command], capsys, "config.json has been changed",
+                  f"{section}.{key} was {before} and is now {value}")  # fmt: skip
+        set_config(run, section, **{key: before})
+    set_config(run, "training", log_interval=7)  # changes no figure
+    assert out(capsys, "sample", "--length", "3")
+
+
+def test_a_checkpoint_of_another_version_is_one_line(run, capsys):
+    path = run.folder / "checkpoint.safetensors"
+    tensors, facts, _ = read_tensors(path)
+    write_tensors(path, tensors, facts | {"what_comes_next": 1})
+    fails(e.main, ["sample"], capsys, path, "another version", "what_comes_next")
+
+
+def test_a_loss_beyond_all_floats_has_a_perplexity(run, monkeypatch, capsys):
+    assert e.perplexity(1.0) == math.e and e.perplexity(1e4) == math.exp(700)
+    monkeypatch.setattr(e, "nelbo_12", lambda *_: (1e4, []))
+    assert "10000.000" in out(capsys)
+    assert "10000.0000" in out(capsys, "precision")
+
+
+def test_json_spares_the_files_of_a_run(run, tmp_path, capsys):
+    whole = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    for name in ("config.json", "metrics.jsonl", "checkpoint.safetensors",
+                 "backup/block_0.safetensors"):
+        for command in ("report", "precision"):
+            fails(e.main, [command, "--json", run.folder / name], capsys, name, "another name")
+    fails(e.main, ["--json", run.folder / "config.json" / "x"], capsys, "is not a folder")
+    assert whole == {path: path.read_bytes() for path in whole}
+
+
+def test_an_unfinished_run_is_compared_with_a_note(run, monkeypatch, capsys):
+    result = run.evaluation()
+    result["memory"]["stages"].pop()
+    (run.folder / "eval.json").write_text(json.dumps(result))
+    assert "note: not trained to the end: toy;" in out(capsys, "compare", "toy")
+
+
 def test_compare_puts_runs_side_by_side(run, capsys):
     for name in ("next", "a copy"):
         shutil.copytree(run.folder, f"checkpoints/{name}")
@@ -798,7 +849,7 @@ def test_compare_puts_runs_side_by_side(run, capsys):
     evaluated = Path("checkpoints/next/eval.json")
     evaluated.write_text(json.dumps(result | {"rows": 7}))
     assert "only their bits per byte can be compared" in out(capsys, "compare", "toy", "next")
-    set_config(Run.named("next"), "data", source="other.txt")
+    evaluated.write_text(json.dumps(result | {"tokens_sha256": "another"}))
     assert "different texts: their figures cannot" in out(capsys, "compare", "toy", "next")
     evaluated = Path("checkpoints/a copy/eval.json")
     good = evaluated.read_bytes()
@@ -871,6 +922,7 @@ def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys):
         (["export", ""], ["name a new folder"]),
     ):  # fmt: skip
         fails(e.main, command, capsys, *words)
+    monkeypatch.setattr(Run, "_check_config", lambda *_: None)
     set_config(run, "model", attention_mode="bidirectional")
     fails(e.main, ["sample", "--order", "left-to-right"], capsys, "needs a causal model")
     fails(e.main, ["export", "out"], capsys, "causal")
@@ -972,6 +1024,7 @@ def test_a_run_is_sampled_the_way_it_was_trained(run, monkeypatch, capsys):
     assert printed.startswith("note: trained without masks: [MASK] is new to this model\n")
     assert orders == [("confidence", e.WINDOW), ("left-to-right", None), ("confidence", e.WINDOW)]
     set_config(run, "training", time_step_masking=True)
+    monkeypatch.setattr(Run, "_check_config", lambda *_: None)
     set_config(run, "model", attention_mode="bidirectional")
     assert "note" not in out(capsys, "sample", "a ____ b")
 

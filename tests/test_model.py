@@ -618,7 +618,7 @@ def test_another_network_is_refused_by_name(tmp_path):
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
         ({"n_layer": None}, "n_layer"),
         ({"n_layer": True}, "n_layer"),
-        ({"n_layer": -1}, "n_layers must be at least 1"),
+        ({"n_layer": -1}, "n_layers must be from 1 to 10^6"),
         ({"n_embd": "32"}, "n_embd"),
         ({"n_embd": 10**9}, "n_embd"),
         ({"vocab_size": 10**30}, "vocab_size"),

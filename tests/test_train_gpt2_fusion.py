@@ -608,6 +608,29 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_behind_it(toy, no_report, mo
     assert train.main([*toy(), "--resume"]) == 0 and no_report
 
 
+def test_a_closed_pipe_does_not_end_the_training(toy):
+    """`train ... | head -3`: nobody reads on, the run goes on to its end."""
+    code = ("import sys, evaluate_gpt2, train_gpt2_fusion as train; evaluate_gpt2.ROWS = 2; "
+            "sys.exit(train.main(sys.argv[1:]))")
+    command = f"set -o pipefail; {shlex.join([sys.executable, '-c', code, *toy()])} | head -3"
+    piped = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT)
+    assert piped.returncode == 0 and not piped.stderr and piped.stdout.count(b"\n") == 3
+    assert Run(toy.folder).state().finished and (toy.folder / "eval.json").exists()
+
+
+def test_a_folder_that_is_no_run_of_ours_is_left_alone(toy, no_report, capsys):
+    toy.folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", ".a.tmp", "sub/.b.1.tmp"):
+        (toy.folder / name).parent.mkdir(exist_ok=True)
+        (toy.folder / name).write_text("mine")
+    fails(train.main, toy(), capsys, "config.json is damaged or of another version")
+    assert train.main([*toy(), "--overwrite"]) == 0  # moved aside
+    old = toy.folder.with_name("toy.old-1")
+    assert {str(path.relative_to(old)) for path in old.rglob("*") if path.is_file()} == {
+        "config.json", "metrics.jsonl", ".a.tmp", "sub/.b.1.tmp", "lock"}  # fmt: skip
+    assert (old / "config.json").read_text() == "mine"
+
+
 def what_was_hit(folder, backups):
     """What a killed process was doing, by the files it left; backups: those it found."""
     backup = folder / "backup"
