@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import statistics
@@ -119,6 +118,8 @@ def rows():
         "masked-only": "training.max_steps=3000",
         "shared-adapters": "training.max_steps=2200",
         "embeddings-on": "training.max_steps=2150",
+        "drawn-masks": "training.max_steps=3000",
+        "both-ways": "training.max_steps=2200",
     }  # fmt: skip
     ideas = {name: f"training.eval_interval=10000 {keys}" for name, keys in ideas.items()}
     # Where the gain comes from: light masks alone, with two layers and with six. Their time steps
@@ -181,44 +182,24 @@ def arguments(row, settings):
 
 
 def exercises():
-    """The changes of README.md's section Exercises: {name: {file: [(old text, new text)]}}.
-
-    In a diff there, `--- FILE` names the file and an empty line ends a change; line numbers are
-    left out.
-    """
-    text = (ROOT / "README.md").read_text()
-    found = {}
-    for section in text.split("\n### "):
-        match = re.match(r"[^\n]*\(`([\w-]+)`\)\n.*?```diff\n(.*?)```", section, re.S)
-        if not match:
-            continue
-        name, diff = match.groups()
-        files = found[name] = {}
-        for part in re.split(r"^--- ", diff, flags=re.M)[1:]:
-            file, _, changes = part.partition("\n")
-            files[file] = [
-                tuple("".join(line[1:] + "\n" for line in change.splitlines() if line[0] in kept)
-                      for kept in (" -", " +"))
-                for change in changes.strip("\n").split("\n\n")
-            ]  # fmt: skip
-    return found
+    """{name: patch} of the changes in tests/exercises/."""
+    return {path.stem: path for path in sorted((ROOT / "tests" / "exercises").glob("*.patch"))}
 
 
 def changed_copy(name, folder):
-    """Copy the code into `folder` with an exercise's change. UserError where it does not fit."""
+    """Copy the code into `folder` and apply an exercise's patch. UserError where it does not fit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in [*ROOT.glob("*.py"), ROOT / "gpt2.yaml", CORPUS, MERGES]:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)
-    for file, changes in exercises()[name].items():
-        text = (folder / file).read_text()
-        for old, new in changes:
-            if text.count(old) != 1:
-                raise UserError(f"README.md's change {name} does not fit {file}: {old.strip()!r}")
-            text = text.replace(old, new)
-        (folder / file).write_text(text)
+    # Below checkpoints/ git would find our repository and apply the patch to nothing.
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.resolve().parent)}
+    done = subprocess.run(["git", "apply", exercises()[name].resolve()], cwd=folder, env=alone,
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{exercises()[name]} does not fit the code: {done.stderr}")
 
 
 def run(row, settings, threads, again):
