@@ -768,7 +768,7 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
     return x, layers
 
 
-WINDOW = 8  # tokens that `sample` writes together by confidence
+WINDOW = 4  # tokens that `sample` writes together by confidence
 
 # Colours of the 256-colour cube, from red to blue.
 RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)

@@ -1,6 +1,6 @@
 """Train GPT-2 as a mask-diffusion model, one block of layers after another.
 
-    python train_gpt2_fusion.py --preset tiny               learns in minutes on two CPU cores
+    python train_gpt2_fusion.py --preset tiny               three minutes on two CPU cores
     python train_gpt2_fusion.py                             GPT-2 Small, gpt2.yaml as it stands
     python train_gpt2_fusion.py --resume tiny               go on where the run was stopped
     python train_gpt2_fusion.py training.mode=standard      end to end: the control
