@@ -392,7 +392,7 @@ class TrainingConfig:
     seed: int
     run_id: str
     folder: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: str
     compute_type: str
     device: str
 
@@ -402,6 +402,7 @@ class TrainingConfig:
             ("mode", *one_of("fused", "standard")),
             ("fusion_mode", *one_of("frozen", "trainable")),
             ("quantization_type", *one_of("fp32", "fp16", "int4", "nf4")),
+            ("gradient_checkpointing", *one_of("frozen", "none", "all")),
             ("compute_type", *one_of("auto", "fp32", "bf16", "fp16")),
             ("qlora_rank", *SIZE),
             ("batch_size gradient_accumulation max_steps log_interval eval_interval eval_rows "

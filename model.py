@@ -109,7 +109,7 @@ class GPT(nn.Module):
     def __init__(self, config, blocks=None):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = "none"
         self.head_weight = None  # wte in the compute type, where evaluation has converted it once
         self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
@@ -202,11 +202,17 @@ class GPT(nn.Module):
             x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
         x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
         for layer in self.h[: (block + 1) * self.config.block_size]:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and self.recomputes(layer):
                 x = checkpoint(layer, x, use_reentrant=False)  # (B, T, d)
             else:
                 x = layer(x)  # (B, T, d)
         return self.exit_norms[block](x)  # (B, T, d)
+
+    def recomputes(self, layer):
+        """Whether the backward pass computes a layer's activations anew instead of keeping them."""
+        frozen = not layer.ln_1.weight.requires_grad  # under adapters; without any, none are kept
+        return self.gradient_checkpointing == "all" or (
+            self.gradient_checkpointing == "frozen" and frozen)  # fmt: skip
 
     def head(self, hidden):
         """Logits of hidden states through the tied head: (..., d) -> (..., V).
@@ -468,6 +474,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     CHUNK = 512  # positions whose logits exist at one time
+    SLICE = 8192  # rows of W in one product: libraries copy a factor, and a share of grad_W exists
 
     @staticmethod
     def forward(ctx, hidden, targets, weights, weight, vocab_size, need_h, need_W):
@@ -480,10 +487,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
         scale = 2.0 ** len(h).bit_length()
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
+        slices = [slice(j, j + _ChunkedCrossEntropy.SLICE)
+                  for j in range(0, len(W), _ChunkedCrossEntropy.SLICE)]  # fmt: skip
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             h_part, target = h[part], targets[part, None]  # (chunk, d), (chunk, 1)
-            logits = torch.mm(h_part, W.T, out=buffer[: len(h_part)])  # (chunk, V)
+            logits = buffer[: len(h_part)]  # (chunk, V)
+            for rows in slices:
+                torch.mm(h_part, W[rows].T, out=logits[:, rows])
             logits[:, vocab_size:] = -torch.inf
             gap = logits.amax(-1, keepdim=True).float() - logits.gather(1, target).float()
             if not (need_h or need_W):
@@ -494,14 +505,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # -log p[target] by way of the largest p, which cannot underflow.
             ce[part] = (gap - p.amax(-1, keepdim=True).float().log()).squeeze(1)
             if need_h or need_W:
-                p.scatter_(1, target, p.gather(1, target) - 1)  # now d CE / d logits
+                # now d CE / d logits (scatter_ would copy all of a bf16 p into fp32)
+                p[torch.arange(len(p), device=p.device), target.squeeze(1)] -= 1
             # The weights (1e-4) go on the small factor: p times them would vanish in fp16.
             if need_h:
-                grad_h[part] = (p @ W).to(grad_h.dtype) * weights[part, None]  # (chunk, d)
+                summed = sum((p[:, rows] @ W[rows]).to(grad_h.dtype) for rows in slices)
+                grad_h[part] = summed * weights[part, None]  # (chunk, d)
             if need_W:
-                share = p.T @ (h_part * (weights[part, None] * scale).to(dtype))  # (V, d)
+                scaled = h_part * (weights[part, None] * scale).to(dtype)  # (chunk, d)
                 grad_W = torch.zeros_like(weight) if grad_W is None else grad_W
-                grad_W.add_(share, alpha=1 / scale)
+                for rows in slices:
+                    grad_W[rows].add_(p[:, rows].T @ scaled, alpha=1 / scale)
         ctx.save_for_backward(grad_h, grad_W)
         ctx.mark_non_differentiable(ce, hit)
         return (ce * weights).sum(), ce, hit

@@ -136,6 +136,37 @@ def parameter_counts(config):
     return (config.padded_vocab_size + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
 
 
+BYTES_OF = {"fp32": 4, "fp16": 2, "int4": 4.5 / 8, "nf4": 4.13 / 8}  # of a stored weight
+LIBRARIES_MIB = 170  # on a CPU: kernels and caches of the matrix library, gaps in the heap; measured
+
+
+def memory_needed(stage, config, training, dtype, processes=1):
+    """MiB that a stage needs at its peak, beside what the process holds before it begins.
+
+    By count: 16 bytes for each trained parameter (fp32 weight, gradient, AdamW's two), the frozen
+    ones as they are stored. By formula, with s bytes in the compute type `dtype`: a layer keeps
+    (8 + 16 s) d + s n_heads T bytes of each token for its backward pass, 4 d where it is to be
+    recomputed, nothing where no gradient goes through; the head holds its weight in the compute
+    type, a chunk of logits, and the hidden states with their gradient.
+    """
+    c, d, s, kind = config, config.d_model, dtype.itemsize, training.quantization_type
+    embeddings, layer, norm = parameter_counts(c)
+    n_trained, n_frozen = len(stage.layers), (stage.block + 1) * c.block_size - len(stage.layers)
+    held = 16 * (n_trained * layer + norm + embeddings * stage.embeddings)
+    held += 16 * len(stage.adapted) * training.qlora_rank * 16 * d  # see `print_plan`
+    held += n_frozen * (12 * d * d * BYTES_OF[kind] + 4 * 13 * d)
+    held += 0 if stage.embeddings else embeddings * (4 if kind == "fp32" else 2)
+
+    rows = min(training.batch_size, training.batch_size * training.gradient_accumulation
+               // processes)  # fmt: skip
+    tokens = rows * c.seq_len
+    whole, mode = (8 + 16 * s) * d + s * c.n_heads * c.seq_len, training.gradient_checkpointing
+    kept = n_trained * (4 * d if mode == "all" else whole)
+    kept += len(stage.adapted) * (whole if mode == "none" else 4 * d)
+    head = s * c.padded_vocab_size * (d + min(512, tokens)) + (8 + s) * d * tokens
+    return (held + tokens * kept + head) / MIB
+
+
 # ---------------------------------------------------------------------------------------------
 # 2. Beginning and ending a stage
 
@@ -669,7 +700,8 @@ def print_plan(trainer):
         f"blocks stored in {training.quantization_type}")
     if training.qlora_enabled and not any(stage.adapted for stage in trainer.stages):
         say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
-    rows = []
+    rows, now = [], memory_mib(device)[0] or 0
+    now += LIBRARIES_MIB if device.type == "cpu" else 0
     for stage in trainer.stages:
         embeddings, layer, norm = parameter_counts(c)
         trained = len(stage.layers) * layer + norm + embeddings * stage.embeddings
@@ -682,10 +714,12 @@ def print_plan(trainer):
             "layers": f"{stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "none",
             "mask fractions": " ".join(f"{m:g}" for m in stage.time_steps),
             "parameters trained": trained, "frozen": everything - trained, "adapters": adapters,
+            "MiB at the peak": now + memory_needed(stage, c, training, dtype, process()[1]),
         })  # fmt: skip
     say()
     print_table({"stage": "d", "layers": "", "mask fractions": "", "steps": "d",
-                 "parameters trained": ",", "frozen": ",", "adapters": ","}, rows, say)
+                 "parameters trained": ",", "frozen": ",", "adapters": ",",
+                 "MiB at the peak": ",.0f"}, rows, say)
     if device.type == "cpu":
         flops = per_step * sum(s.steps * matmul_flops(s, c) for s in trainer.stages)
         # The share of that rate that whole steps reached on 2 cores: narrow models spend more of
