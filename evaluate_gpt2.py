@@ -341,7 +341,7 @@ class Run:
         raise UserError(f"{path} is damaged or of another version; {again}")
 
 
-EVALUATION_KEYS = {"nelbo_12", "nelbo", "nelbo_stderr", "left_to_right", "time_steps", "unigram",
+EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "by_row", "nelbo", "nelbo_stderr", "left_to_right", "time_steps", "unigram",
                    "bits_per_byte", "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
 
 
@@ -458,26 +458,32 @@ def exit_of(mask_fraction, model):
     return min(block_of(mask_fraction, model.config), model.blocks - 1)
 
 
+def standard_error(by_row):
+    """Of the mean over rows (R,): how far other rows of this text would lie. None for one row."""
+    return float(by_row.std() / math.sqrt(len(by_row))) if len(by_row) > 1 else None
+
+
 def nelbo_12(model, rows, seed, tick=lambda n: None):
     """The bound over the time steps: sum over i of (m_i - m_{i-1}) CE(m_i), m_0 = 0, last m = 1.
 
     Each CE(m) is read at the exit that owns m. The term at m = 1 (all masked) is part of it.
 
     Returns:
-        the bound in nats per token, and a list of {mask_fraction, block, layers, cross_entropy,
-        accuracy}, one per time step and one for m = 1.
+        the bound of each row, (R,), in nats per token, and a list of {mask_fraction, block, layers,
+        cross_entropy, stderr, accuracy}, one per time step and one for m = 1.
     """
     steps = [*model.config.time_step_mask_fractions]
     steps += [] if steps[-1] == 1 else [1.0]
     noise = row_noise(len(rows), rows.size(1), seed, tag=0)
-    table, bound, low = [], 0.0, 0.0
+    table, bound, low = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
     for m in steps:
         block = exit_of(m, model)
         ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise, tick)
         layers = (block + 1) * model.config.block_size
         table.append({"mask_fraction": m, "block": block, "layers": layers,
-                      "cross_entropy": ce.mean().item(), "accuracy": accuracy.mean().item()})
-        bound += (m - low) * table[-1]["cross_entropy"]
+                      "cross_entropy": ce.mean().item(), "stderr": standard_error(ce),
+                      "accuracy": accuracy.mean().item()})  # fmt: skip
+        bound += (m - low) * ce
         low = m
     return bound, table
 
@@ -550,12 +556,13 @@ def score_at_owners(model, rows, m, threshold, noise, tick):
 
 
 def left_to_right(model, rows, tick=lambda n: None):
-    """CE(0) of every exit: a causal model's exact left-to-right loss. None if bidirectional."""
+    """CE(0) of every exit, the exact left-to-right loss of each row: (exits, R). None if the model
+    is bidirectional."""
     if model.config.attention_mode != "causal":
         return None
     zeros, noise = torch.zeros(len(rows)), torch.ones(rows.shape)
     scores = [score(model, rows, zeros, block, noise, tick) for block in range(model.blocks)]
-    return [ce.mean().item() for ce, _ in scores]
+    return torch.stack([ce for ce, _ in scores])
 
 
 def unigram_entropy(train_tokens, tokens, vocab_size):
@@ -582,8 +589,9 @@ def evaluate(model, rows, seed, compute="auto"):
     """All metrics of a model on validation rows (R, T), products in `compute` (see gpt2.yaml).
 
     Returns:
-        dict with nelbo_12, nelbo, nelbo_stderr, left_to_right (list, or None if bidirectional),
-        time_steps (list), rows (the number of rows).
+        dict with nelbo_12, nelbo, left_to_right (list, or None if bidirectional), time_steps (list),
+        rows (the number of rows); nelbo_stderr is over draws of masks on the same rows, the other
+        standard errors over the rows; by_row holds what they come from.
     """
     device = model.wte.weight.device
     dtype = compute_type(device, compute)
@@ -595,8 +603,15 @@ def evaluate(model, rows, seed, compute="auto"):
         bound, table = nelbo_12(model, rows, seed, tick)
         mean, stderr = nelbo(model, rows, seed, tick=tick)
         exits = left_to_right(model, rows, tick)
-    return {"nelbo_12": bound, "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": exits,
-            "time_steps": table, "rows": len(rows)}
+    result = {"nelbo_12": bound.mean().item(), "nelbo_12_stderr": standard_error(bound),
+              "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": None,
+              "left_to_right_stderr": None, "time_steps": table, "rows": len(rows),
+              "by_row": {"nelbo_12": bound.tolist(), "left_to_right": None}}  # fmt: skip
+    if exits is not None:
+        result |= {"left_to_right": exits.mean(1).tolist(),
+                   "left_to_right_stderr": [*map(standard_error, exits)]}
+        result["by_row"]["left_to_right"] = exits.tolist()
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -916,9 +931,11 @@ def report(run, model, full=False, precision=None, path=None, say=print):
     bytes_per_token, words_per_token = units_of(rows, tokenizer(config.vocab_size))
     unigram = unigram_entropy(train, rows[:, 1:], config.vocab_size)
     exits = result["left_to_right"] or []
-    losses = [("nelbo_12: bound over the time steps", result["nelbo_12"], None)]
-    losses += [("nelbo: continuous bound", result["nelbo"], result["nelbo_stderr"])]
-    losses += [(f"left to right, exit {k}", nats, None) for k, nats in enumerate(exits)]
+    losses = [("nelbo_12: bound over the time steps", result["nelbo_12"], result["nelbo_12_stderr"])]
+    losses += [(f"nelbo: continuous bound; by the masks drawn +- {result['nelbo_stderr']:.4f}",
+                result["nelbo"], None)]  # fmt: skip
+    losses += [(f"left to right, exit {k}", nats, result["left_to_right_stderr"][k])
+               for k, nats in enumerate(exits)]  # fmt: skip
     losses += [("unigram: what ignoring the context gets", unigram, None)]
 
     def bits_per_byte(nats):
@@ -959,12 +976,14 @@ def print_report(run, result, say=print):
     """The tables of an evaluation."""
     training = run.config.training
     say(f"\n{run.name} ({kind_of_run(run.config)}), weights in {result['precision']}, "
-        f"{result['memory']['weights']['total']:.1f} MiB; {result['rows']} validation rows\n")
+        f"{result['memory']['weights']['total']:.1f} MiB; {result['rows']} validation rows of "
+        f"{run.config.data.source}\n")
     print_table({"mask_fraction": ".2f", "block": "d", "layers": "d", "cross_entropy": ".3f",
-                 "accuracy": ".1%"}, result["time_steps"], say)  # fmt: skip
+                 "stderr": ".3f", "accuracy": ".1%"}, result["time_steps"], say)  # fmt: skip
     say()
-    print_table({"loss": "", "nats_per_token": ".3f", "stderr": ".4f", "perplexity": ".1f",
+    print_table({"loss": "", "nats_per_token": ".3f", "stderr": ".3f", "perplexity": ".1f",
                  "bits_per_byte": ".3f"}, result["losses"], say)
+    say("stderr is over the rows: how far other rows of this text would lie")
     if result["left_to_right"] is None:
         say("left to right is not defined for a bidirectional model")
     if not training.time_step_masking:
@@ -1035,6 +1054,8 @@ def compare(runs):
                  "held_mib": ",.0f", "peak_mib": ",.0f", "nelbo_12": ".3f", "nelbo": ".3f",
                  "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
     print("left_to_right is that of the best exit; bits are per byte of text")
+    if len(scored) == 1 and len(runs) > 1 and max(map(len, texts.values())) == 1:
+        print_differences(runs)
     if unfinished:
         print(f"note: not trained to the end: {', '.join(unfinished)}; seconds and tokens are those "
               "of whole stages")
@@ -1043,6 +1064,29 @@ def compare(runs):
     elif len(scored) > 1:
         print("note: these runs were scored on different rows or vocabularies: only their bits per "
               "byte can be compared, and only if the text is the same")
+
+
+def print_differences(runs):
+    """Print how far each run's losses lie from the first one's, paired row by row."""
+    first, *others = [run.evaluation() for run in runs]
+    rows = []
+    for run, result in zip(runs[1:], others):
+        for loss in ("nelbo_12", "left_to_right"):
+            pair = [one["by_row"][loss] for one in (result, first)]
+            masked = all(one["config"]["training"]["time_step_masking"] for one in (result, first))
+            if None in pair or (loss == "nelbo_12" and not masked):
+                continue
+            if loss == "left_to_right":  # of the best exit
+                pair = [min(exits, key=sum) for exits in pair]
+            difference = torch.tensor(pair[0]) - torch.tensor(pair[1])
+            mean, error = difference.mean().item(), standard_error(difference)
+            sure = error is not None and abs(mean) > 2 * error
+            rows.append({"run": run.name, "loss": loss, "difference": mean, "stderr": error,
+                         "beyond two of them": "yes" if sure else "no"})  # fmt: skip
+    if rows:
+        print(f"\ndifference to {runs[0].name}, row by row; one seed each: another seed differs too")
+        print_table({"run": "", "loss": "", "difference": "+.3f", "stderr": ".3f",
+                     "beyond two of them": ""}, rows)  # fmt: skip
 
 
 def precision_table(run, device, full=False):
@@ -1066,8 +1110,10 @@ def precision_table(run, device, full=False):
         dtype = compute_type(device, training.compute_type)
         model = expand(model, dtype)
         with autocast(device, dtype):
-            row["left_to_right"] = exits = left_to_right(model, rows)
-            row["nelbo_12"] = nelbo_12(model, rows, training.seed)[0] if masked else None
+            exits = left_to_right(model, rows)
+            row["left_to_right"] = exits = None if exits is None else exits.mean(1).tolist()
+            bound = nelbo_12(model, rows, training.seed)[0] if masked else None
+            row["nelbo_12"] = bound.mean().item() if masked else None
         nats = row["nelbo_12"] if masked else min(exits)
         if kind == "fp32":
             reference = nats
@@ -1162,16 +1208,21 @@ def plot_cross_entropy(axes, runs, device):
         steps = [0.0] * (config.attention_mode == "causal") + steps
         for block in range(model.blocks):
             with autocast(device, dtype):
-                ce = [score(model, rows, torch.full((len(rows),), m), block, noise)[0].mean()
-                      for m in steps]
+                by_row = [score(model, rows, torch.full((len(rows),), m), block, noise)[0]
+                          for m in steps]
+            ce = [values.mean() for values in by_row]
+            errors = [standard_error(values) or 0 for values in by_row]
             own = [m > 0 and exit_of(m, model) == block for m in steps]
             colour = f"C{index if len(runs) > 1 else block}"
             axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
-            axes.plot(*zip(*[point for point, mine in zip(zip(steps, ce), own) if mine]),
-                      color=colour, marker="os^Dv"[block % 5],
-                      label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
+            points = [point for point, mine in zip(zip(steps, ce, errors), own) if mine]
+            if points:
+                m, mean, error = zip(*points)
+                axes.errorbar(m, mean, error, color=colour, marker="os^Dv"[block % 5], capsize=3,
+                              label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
-    axes.set_title(f"{PLOT_ROWS} validation rows; solid where the exit owns m, dashed elsewhere",
+    axes.set_title(f"{PLOT_ROWS} validation rows, bars: standard error over them; solid where the "
+                   "exit owns m",
                    fontsize=12)
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=11)
 
@@ -1310,6 +1361,7 @@ def parse(argv):
     sub.add_argument("--json", metavar="PATH", help="where to write the figures")
     sub = command("export", "write the last exit, adapters merged, in Hugging Face's GPT-2 layout")
     sub.add_argument("target", metavar="FOLDER")
+    sub.add_argument("--exit", dest="exit_k", type=number(int, 0), metavar="K", help="another exit")
     sub.add_argument("--precision", choices=quant.KINDS, help="the values of this storage, as fp32 "
                      "numbers, with fp16 as fp16 (the run's own)")
     if argv[:1] not in (["-h"], ["--help"], *([name] for name in commands.choices)):
@@ -1332,19 +1384,20 @@ def check_target(path):
         raise UserError(f"{path} may be a file of a run; give --json another name")
 
 
-def export(run, target, precision=None):
-    """Write a run's last exit, adapters merged, in Hugging Face's GPT-2 layout. UserError where
-    the layout cannot hold it, or `target` holds something already."""
+def export(run, target, precision=None, exit_k=None):
+    """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout.
+    UserError where the layout cannot hold it, or `target` holds something already."""
     if not target.strip():
         raise UserError("name a new folder to export to")
     target = user_path(target)
     if any((target / name).exists() for name in ("config.json", "model.safetensors")):
         raise UserError(f"{target} holds a model or run already; name a new folder")
     model = run.load(precision)
-    last, dtype = model.blocks - 1, torch.float16 if precision == "fp16" else torch.float32
-    lora.merge(model, last).save_pretrained(target, dtype=dtype)
-    lost = f"exits 0 to {last - 1} and the [MASK] row" if last else "the [MASK] row"
-    print(f"exit {last} of {run.name} written to {target}; lost: {lost}, so it is an ordinary "
+    exit_k = model.blocks - 1 if exit_k is None else exit_k
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    lora.merge(model, exit_k).save_pretrained(target, exit_k, dtype)
+    lost = "the other exits and the [MASK] row" if model.blocks > 1 else "the [MASK] row"
+    print(f"exit {exit_k} of {run.name} written to {target}; lost: {lost}, so it is an ordinary "
           f"GPT-2")
 
 
@@ -1378,7 +1431,7 @@ def main(argv=None):
     keep_freed_memory()
     run = Run.named(args.run)
     if args.command == "export":
-        export(run, args.target, args.precision)
+        export(run, args.target, args.precision, args.exit_k)
         return 0
     device, target = pick_device(args.device), getattr(args, "json", None)
     if target:

@@ -382,7 +382,8 @@ def corrupt(x_0, mask_fraction, uniform, mask_id):
 #
 # That is where 1/m comes from: m (T-1) is how many masks there are on average. In finitely many
 # steps m_i -> m_(i-1) each mask is revealed with probability (m_i - m_(i-1)) / m_i, hence
-# NELBO_12 = sum of (m_i - m_(i-1)) CE(m_i) per token.
+# NELBO_12 = sum of (m_i - m_(i-1)) CE(m_i) per token, from m_0 = 0 to a last step at m = 1. (Token 0
+# is given, so it is a bound on -log p(x_1 .. x_(T-1) | x_0): T-1 tokens.)
 
 
 def token_weights(mask, mask_fraction, causal):
@@ -426,8 +427,8 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
     hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
     weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
     scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
-    loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / (rows or len(x_0)),
-                                       scored)  # fmt: skip
+    rows = rows or len(x_0)
+    loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored)
     n_scored = mask.size(1) - 1 if causal else scored.sum(1).clamp(min=1)  # of each row
     return loss, (ce * weights).sum(1), hit.sum(1) / n_scored
 

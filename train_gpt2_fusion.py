@@ -666,7 +666,7 @@ def meaning(stage, config, training):
 def what_next(run, args):
     """Commands that one wants after a training, for the control that takes about as long too."""
     lines = [f'python evaluate_gpt2.py sample "The people of" --run {run} --watch',
-             f"python evaluate_gpt2.py plot {run}"]
+             f"python evaluate_gpt2.py plot {run}  # needs pip install matplotlib"]
     fused = run.config.training.mode == "fused" and run.config.model.init_from == "scratch"
     if fused and not args.resume:
         words = ["--config", args.config] if args.config != DEFAULTS else []

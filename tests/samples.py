@@ -40,7 +40,7 @@ def text_figures(rows, judge=None):
         dict: perplexity left to right under `judge` (None without one), the share of distinct
         2-grams, the entropy in nats of the token frequencies; the last two over all rows together.
     """
-    ce = judge and left_to_right(judge, rows)[-1]
+    ce = judge and left_to_right(judge, rows)[-1].mean().item()
     written = rows[:, 1:].tolist()
     pairs = [pair for row in written for pair in itertools.pairwise(row)]
     share = np.array([*Counter(itertools.chain(*written)).values()]) / sum(map(len, written))

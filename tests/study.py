@@ -199,7 +199,8 @@ def changed_copy(name, folder):
     done = subprocess.run(["git", "apply", exercises()[name].resolve()], cwd=folder, env=alone,
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
-        raise UserError(f"{exercises()[name]} does not fit the code: {done.stderr}")
+        raise UserError(f"{exercises()[name]} does not fit the code (is it applied already? git apply "
+                        f"-R takes it back): {done.stderr}")
 
 
 def run(row, settings, threads, again):

@@ -307,6 +307,7 @@ def test_nelbo_12_is_the_enumerated_value(attention, monkeypatch):
     for scale, row in ((4.0, [0, 2, 1, 2]), (4.0, [1, 0, 0, 2]), (0.0, [2, 1, 1, 0])):
         model, row = toy_model(attention_mode=attention, scale=scale, **quarters), torch.tensor(row)
         bound, table = e.nelbo_12(model, row.repeat(64, 1), seed=0)
+        bound = bound.mean().item()
         assert bound == pytest.approx(enumerated_nelbo_12(model, row).item(), abs=2e-6)
         assert [step["layers"] for step in table] == [2, 4, 6, 6]  # depth by noise
         assert table[-1]["mask_fraction"] == 1.0
@@ -318,7 +319,7 @@ def test_nelbo_12_is_the_enumerated_value(attention, monkeypatch):
 def test_nelbo_12_estimates_the_enumerated_value(attention):
     model = toy_model(attention_mode=attention, scale=4.0, **SMALL)
     row = torch.tensor([0, 2, 1, 2])
-    bounds = [e.nelbo_12(model, row.repeat(6, 1), seed=seed)[0] for seed in range(8)]
+    bounds = [e.nelbo_12(model, row.repeat(6, 1), seed=seed)[0].mean() for seed in range(8)]
     error = np.std(bounds, ddof=1) / math.sqrt(8)
     assert abs(np.mean(bounds) - enumerated_nelbo_12(model, row)) < 4 * error + 1e-6
     assert error < 0.4
@@ -337,7 +338,7 @@ def test_the_bound_is_a_bound(attention):
     uniform = toy_model(attention_mode=attention, scale=0.0, **SMALL)
     rows = torch.randint(3, (50, 4))
     if attention == "causal":  # bidirectional estimates are exact in expectation only
-        assert e.nelbo_12(uniform, rows, seed=0)[0] == pytest.approx(math.log(3), abs=1e-5)
+        assert e.nelbo_12(uniform, rows, seed=0)[0].mean() == pytest.approx(math.log(3), abs=1e-5)
     assert e.nelbo(uniform, rows, seed=0)[0] == pytest.approx(math.log(3), abs=1e-5)
 
 
@@ -348,7 +349,7 @@ def test_left_to_right_is_a_distribution():
         totals = np.zeros(3)  # one per exit
         for rest in itertools.product(range(3), repeat=3):
             exits = e.left_to_right(model, torch.tensor([[first, *rest]]))
-            totals += np.exp(-3 * np.array(exits))
+            totals += np.exp(-3 * exits[:, 0].numpy())
         assert totals == pytest.approx(1, abs=1e-5)
     bidirectional = toy_model(attention_mode="bidirectional", **SMALL)
     assert e.left_to_right(bidirectional, torch.zeros(1, 4, dtype=torch.long)) is None
@@ -384,7 +385,7 @@ def test_scoring_every_position_or_the_masked_ones_agrees():
     for way in ("causal", "bidirectional"):  # the layers stay causal, as they were built
         model.config = dataclasses.replace(model.config, attention_mode=way)
         figures[way] = np.array([
-            (e.nelbo_12(model, rows, seed)[0], e.nelbo(model, rows, seed, replicates=2)[0])
+            (e.nelbo_12(model, rows, seed)[0].mean(), e.nelbo(model, rows, seed, replicates=2)[0])
             for seed in range(12)])  # fmt: skip
     every, masked = figures.values()
     errors = [way.std(0, ddof=1) / math.sqrt(12) for way in (every, masked)]
@@ -689,7 +690,7 @@ def test_eval_json_holds_what_is_printed(run, capsys):
     assert result.keys() == e.EVALUATION_KEYS | {"losses", "precision"}
     total = result["memory"]["weights"]["total"]
     assert printed.startswith(f"\ntoy (fused, frozen), weights in fp16, {total:.1f} MiB; "
-                              "8 validation rows\n")  # fmt: skip
+                              f"8 validation rows of {run.config.data.source}\n")  # fmt: skip
     assert "written to checkpoints/toy/eval.json" in printed and result["rows"] == 8
     for start, rows in (
         ("mask_fraction ", result["time_steps"]), ("loss ", result["losses"]),
@@ -805,7 +806,7 @@ def test_a_checkpoint_of_another_version_is_one_line(run, capsys):
 
 def test_a_loss_beyond_all_floats_has_a_perplexity(run, monkeypatch, capsys):
     assert e.perplexity(1.0) == math.e and e.perplexity(1e4) == math.exp(700)
-    monkeypatch.setattr(e, "nelbo_12", lambda *_: (1e4, []))
+    monkeypatch.setattr(e, "nelbo_12", lambda *_: (torch.full((8,), 1e4), []))
     assert "10000.000" in out(capsys)
     assert "10000.0000" in out(capsys, "precision")
 
@@ -818,6 +819,42 @@ def test_json_spares_the_files_of_a_run(run, tmp_path, capsys):
             fails(e.main, [command, "--json", run.folder / name], capsys, name, "another name")
     fails(e.main, ["--json", run.folder / "config.json" / "x"], capsys, "is not a folder")
     assert whole == {path: path.read_bytes() for path in whole}
+
+
+def test_standard_errors_are_over_the_rows(run, capsys):
+    printed = out(capsys)
+    result = run.evaluation()
+    rows = np.array(result["by_row"]["nelbo_12"])
+    assert len(rows) == 8 and result["nelbo_12"] == pytest.approx(rows.mean())
+    assert result["nelbo_12_stderr"] == pytest.approx(rows.std(ddof=1) / math.sqrt(8))
+    exits = np.array(result["by_row"]["left_to_right"])
+    assert exits.shape == (3, 8) and result["left_to_right"] == pytest.approx(exits.mean(1))
+    assert result["left_to_right_stderr"] == pytest.approx(exits.std(1, ddof=1) / math.sqrt(8))
+    model, texts = run.load().eval(), validation_rows(run.tokens()[1], 32, 8)
+    by_row = e.score(e.expand(model, torch.float32), texts, torch.full((8,), 0.99), 2,
+                     e.row_noise(8, 32, 0, tag=0))[0]  # fmt: skip
+    assert result["time_steps"][-2]["stderr"] == pytest.approx(e.standard_error(by_row))
+    assert f"by the masks drawn +- {result['nelbo_stderr']:.4f}" in printed
+    assert e.standard_error(torch.ones(1)) is None
+
+
+def test_compare_pairs_runs_row_by_row(run, capsys):
+    """A difference that is the same on every row is sure; one that rows disagree on is not."""
+    for name, change in (("sure", lambda row: 0.01 + row % 2 / 1000),
+                         ("unsure", lambda row: (-1) ** row / 100)):  # fmt: skip
+        shutil.copytree(run.folder, f"checkpoints/{name}")
+        result = run.evaluation()
+        for rows in (result["by_row"]["nelbo_12"], *result["by_row"]["left_to_right"]):
+            rows[:] = [value + change(row) for row, value in enumerate(rows)]
+        Path(f"checkpoints/{name}/eval.json").write_text(json.dumps(result))
+    printed = out(capsys, "compare", "toy", "sure", "unsure")
+    table = table_in(printed, "run   loss")
+    assert [(row["run"], row["loss"]) for row in table] == [
+        *itertools.product(("sure", "unsure"), ("nelbo_12", "left_to_right"))]  # fmt: skip
+    assert [row["difference"] for row in table] == ["+0.011", "+0.011", "+0.000", "+0.000"]
+    assert [row["beyond two of them"] for row in table] == ["yes", "yes", "no", "no"]
+    set_config(Run.named("sure"), "model", seq_len=16)
+    assert "beyond" not in out(capsys, "compare", "toy", "sure")  # other rows
 
 
 def test_an_unfinished_run_is_compared_with_a_note(run, monkeypatch, capsys):
@@ -1063,7 +1100,8 @@ def test_every_command_takes_pretrained_weights_as_a_run(run, weights, tmp_path,
         printed = out(capsys, "--run", name)
         assert "next-token), weights in fp32" in printed and "s of training" not in printed
         result = json.loads(Path("hf/eval.json").read_text())
-        assert result["left_to_right"] == pytest.approx(e.left_to_right(model, rows), abs=1e-6)
+        exact = e.left_to_right(model, rows).mean().item()
+        assert result["left_to_right"] == [pytest.approx(exact, abs=1e-6)]
         assert (result["train_seconds"], result["train_tokens"]) == (0, 0)
         assert result["memory"]["stages"] == [] and result["config"]["model"]["seq_len"] == 32
         assert "note" not in out(capsys, "sample", "the people", "--run", name, "--length", "3")
@@ -1116,13 +1154,13 @@ def test_weights_with_outliers_in_every_storage(weights, capsys):
               "(512, 128) has values up to 1e+05, too large for fp16")  # fmt: skip
 
 
-def test_a_fused_run_is_exported_at_its_last_exit(run, capsys):
+def test_a_fused_run_is_exported_at_its_last_exit_or_another(run, capsys):
     idx = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
     for precision, dtype, atol in (("fp32", torch.float32, 1e-5), ("fp16", torch.float16, 1e-2),
                                    ("int4", torch.float32, 1e-5), (None, torch.float32, 1e-5)):
         folder, option = f"out/{precision}", ["--precision", precision] if precision else []
         assert "exit 2 of toy" in (printed := out(capsys, "export", folder, *option))
-        assert "lost: exits 0 to 1 and the [MASK] row" in printed
+        assert "lost: the other exits and the [MASK] row" in printed
         tensors, _, _ = read_tensors(Path(folder, "model.safetensors"), sealed=False)
         assert {tensor.dtype for tensor in tensors.values()} == {dtype}
         ours, model = GPT.from_pretrained(folder)(idx)[..., :257], run.load(precision).eval()
@@ -1130,6 +1168,12 @@ def test_a_fused_run_is_exported_at_its_last_exit(run, capsys):
     for parameter in lora.adapter_parameters(model, 2).values():
         parameter.data.zero_()
     assert (model(idx)[..., :257] - ours).abs().max() > 1e-2  # or merging proved nothing
+    assert "exit 0 of toy" in out(capsys, "export", "out/first", "--exit", "0")
+    first = GPT.from_pretrained("out/first")
+    assert len(first.h) == 2
+    torch.testing.assert_close(first(idx)[..., :257], run.load().eval()(idx, 0)[..., :257],
+                               atol=1e-5, rtol=0)  # fmt: skip
+    fails(e.main, ["export", "out/none", "--exit", "3"], capsys, "exit 3 does not exist")
 
 
 # --- pictures --------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def test_every_row_is_a_valid_configuration(row):
         assert sum(stage.steps for stage in stages) == config.training.max_steps
         short = row.startswith("small-tune-")  # their warm-ups are cut to half of the stage
         least = 1 if short else config.training.warmup_steps
-        assert min(stage.steps for stage in stages) > least
+        shortest = min(stage.steps for stage in stages)
+        assert shortest > least, f"its shortest stage has {shortest} steps: more training.max_steps"
 
 
 def test_what_was_measured_names_the_command_of_today():
@@ -55,7 +56,9 @@ def test_every_patch_says_what_and_why_and_changes_what_it_names(copies):
     assert len(copies) == 9
     for name, patch in study.exercises().items():
         head, _, diff = patch.read_text().partition("diff --git ")
-        title, why, seen, command = head.strip().split("\n\n")
+        parts = head.strip().split("\n\n")
+        assert len(parts) == 4, f"{patch}: a title, Why: ..., What one sees ..., a command"
+        title, why, seen, command = parts
         assert "\n" not in title and why.startswith("Why: ") and seen.startswith("What one sees")
         assert command.startswith("    python ") and len(head.splitlines()) <= 20
         changed = {line[6:].strip() for line in diff.splitlines() if line.startswith("+++ b/")}
@@ -108,7 +111,7 @@ def test_exercise_that_does_not_fit_is_refused(monkeypatch, tmp_path):
     good = study.exercises()["three-bit"].read_text()
     odd.write_text(good.replace("/ 15", "/ 99"))
     monkeypatch.setattr(study, "exercises", lambda: {"odd": odd})
-    with pytest.raises(UserError, match="odd.patch does not fit the code: .*quant.py"):
+    with pytest.raises(UserError, match="odd.patch does not fit the code .*quant.py"):
         study.changed_copy("odd", tmp_path / "code")
 
 
