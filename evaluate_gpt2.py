@@ -1307,12 +1307,6 @@ def number(kind, least, most=math.inf):
     return parse
 
 
-# Options of earlier versions, and the commands that took their place.
-MOVED = {"--precision all": "precision", "--prompt": "sample PROMPT", "--plot": "plot RUN ...",
-         "--compare": "compare RUN ...", "--export": "export FOLDER", "--folder": "--run PATH",
-         "--left-to-right": "sample --order left-to-right", "--watch": "sample --watch"}
-
-
 def parse(argv):
     """The command line; `report` where no command is named."""
     parser = Parser(description="Evaluate runs.", epilog="Without a command: report. A RUN is a "
@@ -1365,10 +1359,6 @@ def parse(argv):
     sub.add_argument("--precision", choices=quant.KINDS, help="the values of this storage, as fp32 "
                      "numbers, with fp16 as fp16 (the run's own)")
     if argv[:1] not in (["-h"], ["--help"], *([name] for name in commands.choices)):
-        text = " ".join(argv).replace("=", " ")
-        for option, command_of_today in MOVED.items():
-            if re.search(rf"(^| ){option}( |$)", text):
-                raise UserError(f"{option} is now: python evaluate_gpt2.py {command_of_today}")
         argv = ["report", *argv]
     return parser.parse_args(argv)
 

@@ -79,7 +79,7 @@ def rows():
         "training.time_step_mask_fractions=[.01,.1,.2,.3,.4,.5,.6,.7,.8,.85,.9,.95,.99]",
     }
     # Steps for equal training time, from the tokens per second of the tuning runs. The fused run
-    # is the tiny preset, 3.7 times as long.
+    # is the tiny preset, four times as long.
     main = {
         "fused": LONGER,
         "fused-no-adapters": "training.qlora_enabled=false training.max_steps=9200",

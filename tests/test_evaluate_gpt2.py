@@ -918,22 +918,6 @@ def test_every_command_has_its_help(capsys):
         assert caught.value.code == 0 and all(word in printed for word in words)
 
 
-def test_options_of_the_first_edition_name_the_command_of_today(run, tmp_path, capsys):
-    for options, words in (
-        ("--prompt a", "evaluate_gpt2.py sample PROMPT"),
-        ("--run toy --prompt=a --length 3", "sample PROMPT"),
-        ("--compare toy toy", "compare RUN ..."), ("--plot", "plot RUN ..."),
-        ("--export out --run toy", "export FOLDER"),
-        ("--left-to-right 0", "sample --order left-to-right"), ("--watch", "sample --watch"),
-        ("--precision all", "evaluate_gpt2.py precision"),
-        ("--run toy --precision=all --json b", "evaluate_gpt2.py precision"),
-        ("--folder checkpoints", "--run PATH"),
-    ):  # fmt: skip
-        option = re.search("--(?!run|json)[a-z-]+", options)[0]
-        fails(e.main, options.split(), capsys, option, "is now: python", words)
-    assert {*os.listdir()} == {"checkpoints"}
-
-
 def test_mistakes_end_in_one_line(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(e, "score", None)  # all of them are told before anything is scored
     for command, words in (
