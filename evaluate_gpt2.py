@@ -341,7 +341,8 @@ class Run:
         raise UserError(f"{path} is damaged or of another version; {again}")
 
 
-EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "by_row", "nelbo", "nelbo_stderr", "left_to_right", "time_steps", "unigram",
+EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "by_row", "nelbo", "nelbo_stderr",
+                   "left_to_right_stderr", "left_to_right", "time_steps", "unigram",
                    "bits_per_byte", "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
 
 

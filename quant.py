@@ -22,7 +22,7 @@ from torch import nn
 
 from data_loader import UserError
 
-KINDS = ("fp32", "fp16", "int4", "nf4")
+KINDS = {"fp32": 4, "fp16": 2, "int4": 4.5 / 8, "nf4": 4.127 / 8}  # bytes of a weight
 
 # QLoRA, appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
 NF4_LEVELS = (

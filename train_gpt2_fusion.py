@@ -136,7 +136,6 @@ def parameter_counts(config):
     return (config.padded_vocab_size + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
 
 
-BYTES_OF = {"fp32": 4, "fp16": 2, "int4": 4.5 / 8, "nf4": 4.13 / 8}  # of a stored weight
 LIBRARIES_MIB = 170  # on a CPU: kernels and caches of the matrix library, gaps in the heap; measured
 
 
@@ -154,7 +153,7 @@ def memory_needed(stage, config, training, dtype, processes=1):
     n_trained, n_frozen = len(stage.layers), (stage.block + 1) * c.block_size - len(stage.layers)
     held = 16 * (n_trained * layer + norm + embeddings * stage.embeddings)
     held += 16 * len(stage.adapted) * training.qlora_rank * 16 * d  # see `print_plan`
-    held += n_frozen * (12 * d * d * BYTES_OF[kind] + 4 * 13 * d)
+    held += n_frozen * (12 * d * d * quant.KINDS[kind] + 4 * 13 * d)
     held += 0 if stage.embeddings else embeddings * (4 if kind == "fp32" else 2)
 
     rows = min(training.batch_size, training.batch_size * training.gradient_accumulation
@@ -868,6 +867,7 @@ def main(argv=None):
                 signal.signal(number, handler)
         number, _ = process()
         if dist.is_initialized():
+            wait_for_all()  # none is at its last exchange any more
             dist.destroy_process_group()  # process 0 evaluates alone
         if number:
             return 0 if finished else 130

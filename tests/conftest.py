@@ -22,6 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a long campaign, run with --slow only")
+    config.addinivalue_line("markers", "texts: also the texts that training prints at its end")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -105,11 +106,14 @@ def toy_arguments(folder):
 
 
 @pytest.fixture
-def toy(monkeypatch, tmp_path):
+def toy(request, monkeypatch, tmp_path):
     """`toy_arguments` of a run in tmp_path."""
     import evaluate_gpt2
 
     monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)  # scored one by one, after every toy run
+    # Only where texts are what is tested.
+    if request.node.get_closest_marker("texts") is None:
+        monkeypatch.setattr(evaluate_gpt2, "print_texts", lambda *_: None)
     return toy_arguments(tmp_path)
 
 

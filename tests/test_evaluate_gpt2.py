@@ -587,16 +587,16 @@ def test_windows_are_written_by_the_whole_reverse_process_each(attention, order,
 def test_windows_of_one_token_are_left_to_right():
     """By confidence draw for draw; by ancestral sampling in distribution."""
     model = toy_model()
-    x = canvas(model.config, [1, 4], 6, rows=4000)
+    x = canvas(model.config, [1, 4], 3, rows=2000)
     for exit_k in (0, 2):
         one = e.sample(model, x, "confidence", 1, exit_k, seed=3)[0]
         assert torch.equal(one, e.sample(model, x, "left-to-right", exit_k=exit_k, seed=3)[0])
         other = e.sample(model, x, "ancestral", 1, exit_k, seed=4)[0]
-        for place in (2, 7):
-            shares = [ids[:, place].bincount(minlength=TOY.vocab_size) / 4000
+        for place in (2, 4):
+            shares = [ids[:, place].bincount(minlength=TOY.vocab_size) / 2000
                       for ids in (one, other)]  # fmt: skip
-            # A share of 0.2 has a standard error of 0.006; the four tokens' own differ by more.
-            torch.testing.assert_close(*shares, atol=0.04, rtol=0)
+            # A share of 0.2 has a standard error of 0.009.
+            torch.testing.assert_close(*shares, atol=0.05, rtol=0)
 
 
 def test_confidence_reveals_the_likeliest_draws_first():
@@ -848,7 +848,7 @@ def test_compare_pairs_runs_row_by_row(run, capsys):
             rows[:] = [value + change(row) for row, value in enumerate(rows)]
         Path(f"checkpoints/{name}/eval.json").write_text(json.dumps(result))
     printed = out(capsys, "compare", "toy", "sure", "unsure")
-    table = table_in(printed, "run   loss")
+    table = table_in(printed, "run     loss")
     assert [(row["run"], row["loss"]) for row in table] == [
         *itertools.product(("sure", "unsure"), ("nelbo_12", "left_to_right"))]  # fmt: skip
     assert [row["difference"] for row in table] == ["+0.011", "+0.011", "+0.000", "+0.000"]
@@ -974,7 +974,7 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
 def test_a_watched_text_is_redrawn_in_place_on_a_terminal(run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(e.time, "sleep", lambda seconds: None)
-    printed = out(capsys, "sample", "--watch", "--steps", "3", "--length", "8")
+    printed = out(capsys, "sample", "--watch", "--steps", "3", "--window", "8", "--length", "8")
     assert printed.count("\033[2A\r\033[J") == 3  # two lines, drawn four times
     assert printed.count("5 of 8 tokens are [MASK]; red: revealed first, blue: last") == 1
     monkeypatch.setattr(e.shutil, "get_terminal_size", lambda *_: os.terminal_size((12, 5)))

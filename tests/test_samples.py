@@ -24,7 +24,7 @@ def test_figures_of_text_by_hand():
     assert figures["entropy"] == pytest.approx(math.log(2))
     judge = toy_model()
     rows = torch.randint(5, (3, 8))
-    expected = math.exp(left_to_right(judge, rows)[2])
+    expected = math.exp(left_to_right(judge, rows)[2].mean())
     assert samples.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
 
 

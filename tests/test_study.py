@@ -79,9 +79,8 @@ for folder in sys.argv[1].split(","):
     if not child:
         sys.path.insert(0, folder)
         os.chdir(folder)
-        import evaluate_gpt2
         import train_gpt2_fusion
-        evaluate_gpt2.ROWS = 2
+        train_gpt2_fusion.report = lambda *_, **__: None
         kind = "fp8" if folder.endswith("fp8") else "int4"
         status = train_gpt2_fusion.main([*sys.argv[2:], f"training.quantization_type={kind}"])
         sys.stdout.flush()
@@ -93,15 +92,17 @@ sys.exit(" ".join(failed) or 0)
 
 def test_every_exercise_trains(copies, toy):
     folders = ",".join(map(str, copies.values()))
-    arguments = [argument for argument in toy() if not argument.startswith("training.folder=")]
+    arguments = [argument for argument in toy(training__max_steps=6, training__eval_rows=1)
+                 if not argument.startswith("training.folder=")]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", TRAIN_THEM_ALL, folders, *arguments],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     exact = []
     for name, folder in copies.items():
-        result = json.loads((folder / "checkpoints" / "toy" / "eval.json").read_text())
-        assert 0 < result["nelbo_12"] < 10, name
-        exact.append(result["nelbo_12"])
+        text = (folder / "checkpoints" / "toy" / "metrics.jsonl").read_text()
+        lines = [line for line in map(json.loads, text.splitlines()) if line["event"] == "step"]
+        assert all(0 < line["loss"] < 10 for line in lines) and lines[-1]["stage"] == 2, name
+        exact.append(tuple((line["loss"], line["grad_norm"]) for line in lines))
     # Only the order of revealing changes no training: all others give figures of their own.
     assert len({*exact}) == len(exact)
 

@@ -213,7 +213,8 @@ def test_the_counts_of_parameters_and_flops():
     embeddings, layer, norm = train.parameter_counts(config)
     count = sum(p.numel() for p in GPT(config).parameters())
     assert count == embeddings + 3 * layer + norm
-    training = dataclasses.replace(load_config().training, mode="standard", qlora_rank=1)
+    training = dataclasses.replace(load_config().training, mode="standard", qlora_rank=1,
+                                   gradient_checkpointing="none")  # fmt: skip
     for source in ("scratch", "a folder"):
         config = dataclasses.replace(config, init_from=source)
         (stage,) = train.fusion_schedule(config, training)
@@ -279,6 +280,7 @@ def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix():
 # --- a run, from the command line to eval.json -----------------------------------------------
 
 
+@pytest.mark.texts
 def test_the_whole_run(toy, capsys):
     assert train.main(toy(training__max_steps=240, training__lr="3e-3")) == 0
     printed = capsys.readouterr().out
