@@ -455,7 +455,8 @@ class Trainer:
             self.state = state = State(stage=stage.block + 1, backups=state.backups,
                                        finished=stage is self.stages[-1])
             self.save(model)
-            if self.asked_to_stop():
+            # After the last stage process 0 alone goes on, and asks nobody.
+            if self.stopping if state.finished else self.asked_to_stop():
                 return False
         return True
 
@@ -867,7 +868,6 @@ def main(argv=None):
                 signal.signal(number, handler)
         number, _ = process()
         if dist.is_initialized():
-            wait_for_all()  # none is at its last exchange any more
             dist.destroy_process_group()  # process 0 evaluates alone
         if number:
             return 0 if finished else 130

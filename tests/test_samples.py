@@ -28,7 +28,9 @@ def test_figures_of_text_by_hand():
     assert samples.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
 
 
-def test_every_way_to_sample_is_measured(run, capsys):
+def test_every_way_to_sample_is_measured(run, monkeypatch, capsys):
+    monkeypatch.setattr(samples, "WINDOWS", (1, 8, None))
+    monkeypatch.setattr(samples, "STEPS", (None, 2))
     evaluated = (run.folder / "eval.json").read_bytes()
     command = ["toy", "--samples", "2"]
     # the run judges itself
@@ -39,7 +41,7 @@ def test_every_way_to_sample_is_measured(run, capsys):
     ways = [tuple(row.get(key) for key in ("order", "window", "steps", "exit")) for row in table]
     orders = ("ancestral", "confidence")
     assert ways == [
-        *itertools.product(orders, (1, 2, 4, 8, 16, 32, None), (None, 4, 2), [None]),
+        *itertools.product(orders, (1, 8, None), (None, 2), [None]),
         *itertools.product(orders, (8, None), [None], (0, 2)),
         *(("left-to-right", None, None, exit_k) for exit_k in range(3)),
         ("validation text", None, None, None),

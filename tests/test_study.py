@@ -92,7 +92,8 @@ sys.exit(" ".join(failed) or 0)
 
 def test_every_exercise_trains(copies, toy):
     folders = ",".join(map(str, copies.values()))
-    arguments = [argument for argument in toy(training__max_steps=6, training__eval_rows=1)
+    arguments = [argument for argument in toy(training__max_steps=6, training__eval_rows=1,
+                                             training__checkpoint_interval=100)
                  if not argument.startswith("training.folder=")]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", TRAIN_THEM_ALL, folders, *arguments],
                           capture_output=True, text=True)  # fmt: skip

@@ -664,8 +664,8 @@ def test_a_signal_in_the_last_step_of_a_stage_stops_behind_it(toy, no_report, mo
 
 def test_a_closed_pipe_does_not_end_the_training(toy):
     """`train ... | head -3`: nobody reads on, the run goes on to its end."""
-    code = ("import sys, evaluate_gpt2, train_gpt2_fusion as train; evaluate_gpt2.ROWS = 2; "
-            "sys.exit(train.main(sys.argv[1:]))")
+    code = ("import sys, evaluate_gpt2, train_gpt2_fusion as train; evaluate_gpt2.ROWS = 1; "
+            "evaluate_gpt2.print_texts = print; sys.exit(train.main(sys.argv[1:]))")
     command = f"set -o pipefail; {shlex.join([sys.executable, '-c', code, *toy()])} | head -3"
     piped = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT)
     assert piped.returncode == 0 and not piped.stderr and piped.stdout.count(b"\n") == 3
