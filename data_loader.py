@@ -676,7 +676,8 @@ def tokenizer(vocab_size):
 def read_records(path):
     """Yield the texts of a .jsonl (one a line) or .json: strings, or objects with "text"."""
     text = read_text(path)
-    for number, line in enumerate(text.split("\n") if path.suffix.lower() == ".jsonl" else [text], 1):
+    lines = text.split("\n") if path.suffix.lower() == ".jsonl" else [text]
+    for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line if line.strip() else "[]")
         except (ValueError, RecursionError) as error:

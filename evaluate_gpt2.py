@@ -341,9 +341,9 @@ class Run:
         raise UserError(f"{path} is damaged or of another version; {again}")
 
 
-EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "by_row", "nelbo", "nelbo_stderr",
-                   "left_to_right_stderr", "left_to_right", "time_steps", "unigram",
-                   "bits_per_byte", "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
+EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "nelbo", "nelbo_stderr", "left_to_right",
+                   "left_to_right_stderr", "by_row", "time_steps", "unigram", "bits_per_byte",
+                   "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
 
 
 def runs_folder():
@@ -590,9 +590,9 @@ def evaluate(model, rows, seed, compute="auto"):
     """All metrics of a model on validation rows (R, T), products in `compute` (see gpt2.yaml).
 
     Returns:
-        dict with nelbo_12, nelbo, left_to_right (list, or None if bidirectional), time_steps (list),
-        rows (the number of rows); nelbo_stderr is over draws of masks on the same rows, the other
-        standard errors over the rows; by_row holds what they come from.
+        dict with nelbo_12, nelbo, left_to_right (list, or None if bidirectional), time_steps
+        (list), rows (the number of rows); nelbo_stderr is over draws of masks on the same rows,
+        the other standard errors over the rows; by_row holds what they come from.
     """
     device = model.wte.weight.device
     dtype = compute_type(device, compute)
@@ -932,7 +932,8 @@ def report(run, model, full=False, precision=None, path=None, say=print):
     bytes_per_token, words_per_token = units_of(rows, tokenizer(config.vocab_size))
     unigram = unigram_entropy(train, rows[:, 1:], config.vocab_size)
     exits = result["left_to_right"] or []
-    losses = [("nelbo_12: bound over the time steps", result["nelbo_12"], result["nelbo_12_stderr"])]
+    losses = [("nelbo_12: bound over the time steps", result["nelbo_12"],
+               result["nelbo_12_stderr"])]  # fmt: skip
     losses += [(f"nelbo: continuous bound; by the masks drawn +- {result['nelbo_stderr']:.4f}",
                 result["nelbo"], None)]  # fmt: skip
     losses += [(f"left to right, exit {k}", nats, result["left_to_right_stderr"][k])
@@ -1032,8 +1033,9 @@ def kind_of_run(config):
 def compare(runs):
     """Print evaluated runs side by side. UserError for one that has no whole eval.json."""
     rows, texts, scored, unfinished = [], defaultdict(set), set(), []
-    for run in runs:
-        result, model, training = run.evaluation(), run.config.model, run.config.training
+    results = [run.evaluation() for run in runs]
+    for run, result in zip(runs, results):
+        model, training = run.config.model, run.config.training
         texts[model.vocab_size].add(result["tokens_sha256"])
         scored.add((model.vocab_size, model.seq_len, result["rows"]))
         if not run.weights and len(result["memory"]["stages"]) < model.total_blocks:
@@ -1056,10 +1058,10 @@ def compare(runs):
                  "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
     print("left_to_right is that of the best exit; bits are per byte of text")
     if len(scored) == 1 and len(runs) > 1 and max(map(len, texts.values())) == 1:
-        print_differences(runs)
+        print_differences(runs, results)
     if unfinished:
-        print(f"note: not trained to the end: {', '.join(unfinished)}; seconds and tokens are those "
-              "of whole stages")
+        print(f"note: not trained to the end: {', '.join(unfinished)}; seconds and tokens are "
+              "those of whole stages")
     if max(map(len, texts.values())) > 1:
         print("note: these runs were scored on different texts: their figures cannot be compared")
     elif len(scored) > 1:
@@ -1067,11 +1069,10 @@ def compare(runs):
               "byte can be compared, and only if the text is the same")
 
 
-def print_differences(runs):
+def print_differences(runs, results):
     """Print how far each run's losses lie from the first one's, paired row by row."""
-    first, *others = [run.evaluation() for run in runs]
-    rows = []
-    for run, result in zip(runs[1:], others):
+    first, rows = results[0], []
+    for run, result in zip(runs[1:], results[1:]):
         for loss in ("nelbo_12", "left_to_right"):
             pair = [one["by_row"][loss] for one in (result, first)]
             masked = all(one["config"]["training"]["time_step_masking"] for one in (result, first))
@@ -1085,7 +1086,7 @@ def print_differences(runs):
             rows.append({"run": run.name, "loss": loss, "difference": mean, "stderr": error,
                          "beyond two of them": "yes" if sure else "no"})  # fmt: skip
     if rows:
-        print(f"\ndifference to {runs[0].name}, row by row; one seed each: another seed differs too")
+        print(f"\ndifference to {runs[0].name}, row by row (another seed would differ too)")
         print_table({"run": "", "loss": "", "difference": "+.3f", "stderr": ".3f",
                      "beyond two of them": ""}, rows)  # fmt: skip
 

@@ -382,8 +382,8 @@ def corrupt(x_0, mask_fraction, uniform, mask_id):
 #
 # That is where 1/m comes from: m (T-1) is how many masks there are on average. In finitely many
 # steps m_i -> m_(i-1) each mask is revealed with probability (m_i - m_(i-1)) / m_i, hence
-# NELBO_12 = sum of (m_i - m_(i-1)) CE(m_i) per token, from m_0 = 0 to a last step at m = 1. (Token 0
-# is given, so it is a bound on -log p(x_1 .. x_(T-1) | x_0): T-1 tokens.)
+# NELBO_12 = sum of (m_i - m_(i-1)) CE(m_i) per token, from m_0 = 0 to a last step at m = 1.
+# (Token 0 is given, so it is a bound on -log p(x_1 .. x_(T-1) | x_0): T-1 tokens.)
 
 
 def token_weights(mask, mask_fraction, causal):

@@ -136,7 +136,7 @@ def parameter_counts(config):
     return (config.padded_vocab_size + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
 
 
-LIBRARIES_MIB = 170  # on a CPU: kernels and caches of the matrix library, gaps in the heap; measured
+LIBRARIES_MIB = 170  # on a CPU, measured: the matrix library's kernels and caches, gaps in the heap
 
 
 def memory_needed(stage, config, training, dtype, processes=1):
@@ -455,8 +455,9 @@ class Trainer:
             self.state = state = State(stage=stage.block + 1, backups=state.backups,
                                        finished=stage is self.stages[-1])
             self.save(model)
-            # After the last stage process 0 alone goes on, and asks nobody.
-            if self.stopping if state.finished else self.asked_to_stop():
+            if state.finished:
+                return not self.stopping  # process 0 alone goes on, and asks nobody
+            if self.asked_to_stop():
                 return False
         return True
 
@@ -671,15 +672,15 @@ def what_next(run, args):
     if fused and not args.resume:
         words = ["--config", args.config] if args.config != DEFAULTS else []
         words += ["--preset", args.preset] if args.preset else []
-        others = [change for change in args.overrides if not change.startswith("training.run_id=")]
-        changes = [*others, "training.mode=standard", f"training.run_id={run.name}-control"]
-        control = load_config(args.config, args.preset, changes)
-        flops = [sum(stage.steps * matmul_flops(stage, config.model)
-                     for stage in fusion_schedule(config.model, config.training))
-                 for config in (run.config, control)]  # fmt: skip
-        steps = round(control.training.max_steps * flops[0] / flops[1])
-        others = [change for change in changes if not change.startswith("training.max_steps=")]
-        words += [*others, f"training.max_steps={steps}"]
+        anew = ("training.run_id=", "training.max_steps=")
+        words += [change for change in args.overrides if not change.startswith(anew)]
+        control = load_config(args.config, args.preset, [*args.overrides, "training.mode=standard"])
+        (end_to_end,) = fusion_schedule(control.model, control.training)
+        work = sum(stage.steps * matmul_flops(stage, run.config.model)
+                   for stage in fusion_schedule(run.config.model, run.config.training))
+        steps = round(work / matmul_flops(end_to_end, control.model))
+        words += ["training.mode=standard", f"training.run_id={run.name}-control",
+                  f"training.max_steps={steps}"]  # fmt: skip
         lines += [f"python train_gpt2_fusion.py {shlex.join(words)}  # end to end, about as long",
                   f"python evaluate_gpt2.py compare {run} {run}-control"]  # fmt: skip
     return lines

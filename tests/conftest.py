@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A job in the background of a shell begins with these ignored, and our training leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "slow: a long campaign, run with --slow only")
     config.addinivalue_line("markers", "texts: also the texts that training prints at its end")
 

@@ -187,7 +187,7 @@ def exercises():
 
 
 def changed_copy(name, folder):
-    """Copy the code into `folder` and apply an exercise's patch. UserError where it does not fit."""
+    """Copy the code into `folder` and apply an exercise's patch. UserError if it does not fit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in [*ROOT.glob("*.py"), ROOT / "gpt2.yaml", CORPUS, MERGES]:
@@ -199,8 +199,8 @@ def changed_copy(name, folder):
     done = subprocess.run(["git", "apply", exercises()[name].resolve()], cwd=folder, env=alone,
                           capture_output=True, text=True)  # fmt: skip
     if done.returncode:
-        raise UserError(f"{exercises()[name]} does not fit the code (is it applied already? git apply "
-                        f"-R takes it back): {done.stderr}")
+        raise UserError(f"{exercises()[name]} does not fit the code (is it applied already? git "
+                        f"apply -R takes it back): {done.stderr}")
 
 
 def run(row, settings, threads, again):

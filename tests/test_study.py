@@ -73,6 +73,7 @@ import os, sys
 import numpy, tiktoken, torch, yaml
 import torch.utils.checkpoint
 torch.set_num_threads(1)
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports a good deal
 failed = []
 for folder in sys.argv[1].split(","):
     child = os.fork()
