@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -346,6 +347,7 @@ EVALUATION_KEYS = {"nelbo_12", "nelbo_12_stderr", "nelbo", "nelbo_stderr", "left
                    "tokens_sha256", "memory", "train_seconds", "train_tokens", "rows", "config"}
 
 
+@functools.cache
 def runs_folder():
     """Where a run is looked for by its name."""
     return user_path(load_config().training.folder)

@@ -115,7 +115,7 @@ def toy(request, monkeypatch, tmp_path):
     """`toy_arguments` of a run in tmp_path."""
     import evaluate_gpt2
 
-    monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)  # scored one by one, after every toy run
+    monkeypatch.setattr(evaluate_gpt2, "ROWS", 4)  # scored one by one, after every toy run
     # Only where texts are what is tested.
     if request.node.get_closest_marker("texts") is None:
         monkeypatch.setattr(evaluate_gpt2, "print_texts", lambda *_: None)

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import data_loader as d
@@ -49,8 +50,9 @@ def test_a_closed_pipe_ends_quietly_and_ascii_ends_in_no_traceback(tmp_path):
     unflushed = "import data_loader as d; exit(d.one_line_errors(lambda: print(1))())"
     read, write = os.pipe()
     os.close(read)  # what `| head -1` does when it has its line
-    for arguments in (["data_loader.py", "--help"], prepare, ["-c", unflushed]):
-        script(*arguments, stdout=write)
+    with ThreadPoolExecutor() as pool:  # side by side, as each imports torch
+        commands = (["data_loader.py", "--help"], prepare, ["-c", unflushed])
+        [*pool.map(lambda arguments: script(*arguments, stdout=write), commands)]
     os.close(write)
     out = script(*prepare, PYTHONIOENCODING="ascii")
     assert b"??.txt, vocabulary 50257" in out and b"??.txt, vocabulary 4096" in out
