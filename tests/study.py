@@ -53,6 +53,9 @@ RATES = ("5e-4", "1e-3", "2e-3", "3e-3")
 LONGER = "training.max_steps=8800"  # than the tiny preset itself
 TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
 
+# The best rate of each row of `controls-tuning`.
+BEST = {}
+
 
 def rows():
     """{group: {row: settings}}, in the order in which they are run."""
@@ -129,12 +132,68 @@ def rows():
         "light-masks-2-layers": f"{light} model.n_layers=2 training.max_steps=2200",
         "light-masks-6-layers": f"{light} training.block_size=6 training.max_steps=1040",
     }
+    # The controls that isolate block-wise training: end to end on the fused run's own mixture of
+    # noise (a patch), and models of two layers, each kind at rates of its own. Steps are those of
+    # the rows above with as many layers; the tuning has a third of them.
+    two_layers = f"{one_block} model.n_layers=2"
+    plain = "training.time_step_masking=false"
+    controls = {
+        "mostly-light": (STANDARD, 4150, "5e-4 1e-3 2e-3"),
+        "mostly-light-2-layers": (two_layers, 8700, "1e-3 2e-3 3e-3"),
+        "2-layers-end-to-end": (two_layers, 8700, "5e-4 1e-3 2e-3 3e-3"),
+        "2-layers-next-token": (f"{two_layers} {plain}", 8700, "1e-3 2e-3 3e-3 5e-3"),
+    }
+    controls_tuning = {
+        f"{name}-{lr}": f"{keys} training.max_steps={steps // 3} training.lr={lr}"
+        for name, (keys, steps, rates) in controls.items() for lr in rates.split()
+    }  # fmt: skip
+    controls = {
+        f"{name}-{seed}": f"{keys} training.max_steps={steps} training.lr={BEST[name]} "
+                          f"training.seed={seed}"
+        for name, (keys, steps, _) in controls.items() if name in BEST for seed in range(3)
+    }  # fmt: skip
+    # A rate of its own for the token embedding (two patches), at the length of the tiny preset.
+    embeddings = {
+        f"embeddings-x{times}-{name}-{seed}": f"{keys} training.seed={seed}"
+        for seed in range(3) for times in (1, 3, 10)
+        for name, keys in (("fused", "training.max_steps=2200"),
+                           ("end-to-end", f"{STANDARD} training.max_steps=1040"),
+                           ("next-token", f"{NEXT_TOKEN} training.max_steps=1040 training.lr=2e-3"))
+    }  # fmt: skip
     # From the weights of next-token-0, exported: python evaluate_gpt2.py export next-token-gpt2
     # --run next-token-0 --precision fp32
     started = "model.init_from=next-token-gpt2 training.max_steps=4600"
     pretrained = {
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
+    }
+    # Adapters where they should pay: from a model of the older addresses, half as long as
+    # long-next-token-dropout, to the newest tenth of them, for a quarter of its steps (the fused
+    # runs for as long). python evaluate_gpt2.py export older-gpt2 --run older --precision fp32
+    # comes between the two. `newer-start` is where they all start: one step that learns nothing.
+    older, newer = (f"data.source=checkpoints/{name}.jsonl data.folder=checkpoints/{name}-tokens "
+                    "model.dropout=0.1" for name in ("older", "newer"))
+    newer += " training.eval_interval=1000"
+    from_older = f"{newer} model.init_from=older-gpt2"
+    fine, fused = f"{from_older} {STANDARD} training.max_steps=5200", "training.max_steps=8900"
+    full = f"{fine} training.qlora_enabled=false"
+    adapters = {
+        "older": f"{older} {NEXT_TOKEN} training.max_steps=20750 training.lr=2e-3 "
+                 "training.eval_interval=1000",
+        "newer-start": f"{from_older} {STANDARD} training.max_steps=1 training.qlora_enabled=false "
+                       "training.lr=1e-9",
+        "newer-full": full,
+        "newer-full-3e-4": f"{full} training.lr=3e-4",
+        "newer-qlora-fp16": fine,
+        "newer-qlora-fp16-3e-3": f"{fine} training.qlora_lr=3e-3",
+        "newer-qlora-fp32": f"{fine} training.quantization_type=fp32",
+        "newer-qlora-int4": f"{fine} training.quantization_type=int4",
+        "newer-qlora-nf4": f"{fine} training.quantization_type=nf4",
+        "newer-fused": f"{from_older} {fused}",
+        "newer-fused-no-adapters": f"{from_older} {fused} training.qlora_enabled=false",
+        "newer-scratch": f"{newer} {fused}",
+        "newer-next-token-full": f"{full} {plain}",
+        "newer-next-token-qlora": f"{fine} {plain}",
     }
     # Ten times the steps of `main`: several passes over the training text, 53 fused and 25 of the
     # controls. Weight decay is 0.1 everywhere; dropout is given to all kinds too.
@@ -147,6 +206,12 @@ def rows():
     # Early stopping, fixed after the run above: the decay ends where next-token's validation was
     # best there. The other kinds were best at, or within 500 steps of, their last one.
     long["long-next-token-stopped"] = f"{NEXT_TOKEN} training.max_steps=33000 training.lr=2e-3"
+    # Where depth begins to pay: more of the time for the later blocks, as long in all.
+    long |= {
+        "long-fused-4-1-1": "training.max_steps=71000 training.block_steps=[4,1,1]",
+        "long-fused-1-1-1": "training.max_steps=55000 training.block_steps=[1,1,1]",
+        "both-ways-long": "training.max_steps=88000",
+    }
     long = {name: f"{keys} training.eval_interval=1000" for name, keys in long.items()}
     # GPT-2 Small, each kind at a few rates for an eleventh of the time.
     small_tuning = {
@@ -164,13 +229,14 @@ def rows():
         "small-end-to-end": f"{STANDARD} training.max_steps=1100 training.lr=5e-4",
     }
     return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
-            "why": why, "pretrained": pretrained, "long": long, "small-tuning": small_tuning,
-            "small": small}
+            "why": why, "controls-tuning": controls_tuning, "controls": controls,
+            "embeddings": embeddings, "pretrained": pretrained, "adapters": adapters, "long": long,
+            "small-tuning": small_tuning, "small": small}
 
 
 def command_of(row, settings):
     """The command that trains a row. Some need this script: an exercise's change, fewer rows."""
-    if row in exercises() or row.startswith("small-tune-"):
+    if patch_of(row) or row.startswith("small-tune-"):
         return f"python tests/study.py {row}"
     return "python train_gpt2_fusion.py " + shlex.join(arguments(row, settings))
 
@@ -184,6 +250,24 @@ def arguments(row, settings):
 def exercises():
     """{name: patch} of the changes in tests/exercises/."""
     return {path.stem: path for path in sorted((ROOT / "tests" / "exercises").glob("*.patch"))}
+
+
+def patch_of(row):
+    """The name of the exercise whose change a row is trained with; None: the code as it is."""
+    return next((name for name in exercises() if f"{row}-".startswith(f"{name}-")), None)
+
+
+def older_and_newer():
+    """Write the corpus as two texts: checkpoints/newer.jsonl, the newest tenth of the addresses,
+    and checkpoints/older.jsonl, the others."""
+    lines = CORPUS.read_text().splitlines()
+    source = {line: json.loads(line)["source"] for line in lines}
+    addresses = sorted(set(source.values()), key=lambda name: int(name.split("-")[0]))
+    newest = addresses[-(len(addresses) // 10):]
+    for name, wanted in (("older", False), ("newer", True)):
+        text = "".join(f"{line}\n" for line in lines if (source[line] in newest) == wanted)
+        (ROOT / "checkpoints").mkdir(exist_ok=True)
+        (ROOT / "checkpoints" / f"{name}.jsonl").write_text(text)
 
 
 def changed_copy(name, folder):
@@ -206,15 +290,14 @@ def changed_copy(name, folder):
 def run(row, settings, threads, again):
     """Train and evaluate a row, or go on with it. -> its figures; UserError where it failed."""
     runs, code = ROOT / "checkpoints", ROOT
-    runs.mkdir(exist_ok=True)
     if finished := (runs / row / "eval.json").exists():
         print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
     script = ["-c", ON_20_ROWS] if row.startswith("small-tune-") else ["train_gpt2_fusion.py"]
     command = [sys.executable, *script, *arguments(row, settings),
                "--overwrite" if finished and again else "--resume"]
-    if row in exercises():
+    if patch := patch_of(row):
         code = runs / f"{row}-code"
-        changed_copy(row, code)
+        changed_copy(patch, code)
         command += [f"training.folder={runs}", f"data.folder={ROOT / 'data'}"]
     with open(runs / f"{row}.log", "a") as log:
         status = subprocess.run(command, cwd=code, stdout=log, stderr=subprocess.STDOUT,
@@ -276,8 +359,8 @@ def mean(values, digits):
     return text + (f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def print_table(group, names):
-    """A Markdown table of a group; rows that differ in their seed alone share a line.
+def print_table(group, settings):
+    """A Markdown table of a group, {row: settings}; rows that differ in their seed alone share a line.
 
     Nats per token; left to right at the best exit; bits per byte by the continuous bound, or left
     to right where there is none. `+-` is the standard deviation over the seeds. Rise and gradient
@@ -285,19 +368,20 @@ def print_table(group, names):
     kept have "-".
     """
     done, lines = measured(), {}
-    for name in names:
+    for name in settings:
         if name in done:
-            seeded = "training.seed=" in done[name]["command"]
+            seeded = "training.seed=" in settings[name]
             line = name.rpartition("-")[0] if seeded else name
-            lines.setdefault(line, []).append(done[name])
+            lines.setdefault(line, []).append(name)
     if not lines:
         return
     head = ("run", "seeds", "seconds", "M tokens", "tokens/s", "NELBO_12", "NELBO",
             "left to right", "bits/byte", "MiB held, by stage", "MiB at the peak",
             "largest rise", "largest gradient norm")
     print(f"\n{group}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for name, runs in lines.items():
-        masked = "time_step_masking=false" not in runs[0]["command"]
+    for name, same_but_seed in lines.items():
+        masked = "time_step_masking=false" not in settings[same_but_seed[0]]
+        runs = [done[row] for row in same_but_seed]
         best = [run["left_to_right"] and min(run["left_to_right"]) for run in runs]
         bits = [run["bits_per_byte"]["nelbo" if masked else "left_to_right"] for run in runs]
         speed = [run["train_tokens"] / run["train_seconds"] for run in runs]
@@ -337,6 +421,8 @@ def main(argv=None):
         return 0
     if not args.table:
         todo = [row for row in chosen if args.rows or row not in measured()]
+        if any(".jsonl" in every[row] for row in todo):
+            older_and_newer()
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         pool = ThreadPoolExecutor(args.jobs)
         try:
@@ -351,7 +437,7 @@ def main(argv=None):
         finally:
             pool.shutdown(cancel_futures=True)  # a run under way saves itself on Ctrl-C
     for group, names in groups.items():
-        print_table(group, [name for name in names if name in chosen])
+        print_table(group, {row: names[row] for row in names if row in chosen})
     return 0
 
 
