@@ -58,6 +58,7 @@ from model import (GPT, autocast, block_of, compute_type, confident_step, corrup
                    read_pretrained, reverse_step, sample_tokens)
 
 ROWS = 100  # validation rows scored by default
+DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
 PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over mask fraction
 MIB = 2**20
@@ -466,6 +467,26 @@ def standard_error(by_row):
     return float(by_row.std() / math.sqrt(len(by_row))) if len(by_row) > 1 else None
 
 
+def draws_of_masks(m, config):
+    """How many draws of masks an estimate of CE(m) is the mean of: one where every position is
+    scored, else DRAWS / m, rounded up, so that masks come over each position DRAWS times."""
+    one = m == 1 or config.attention_mode == "causal"
+    return 1 if one else math.ceil(DRAWS / m)
+
+
+def score_at(model, rows, m, block, noise, tick=lambda n: None):
+    """`score` of rows (R, T) at one mask fraction, the mean over its draws of masks.
+
+    The draws shift `noise` (R, T) round by equal parts of 1: each is uniform by itself, and
+    together they mask every position about equally often, which leaves far less variance.
+    """
+    n = draws_of_masks(m, model.config)
+    fractions = torch.full((len(rows),), m)
+    scores = [score(model, rows, fractions, block, (noise + i / n) % 1, tick) for i in range(n)]
+    ce, accuracy = (torch.stack(part).mean(0) for part in zip(*scores))
+    return ce, accuracy
+
+
 def nelbo_12(model, rows, seed, tick=lambda n: None):
     """The bound over the time steps: sum over i of (m_i - m_{i-1}) CE(m_i), m_0 = 0, last m = 1.
 
@@ -481,7 +502,7 @@ def nelbo_12(model, rows, seed, tick=lambda n: None):
     table, bound, low = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
     for m in steps:
         block = exit_of(m, model)
-        ce, accuracy = score(model, rows, torch.full((len(rows),), m), block, noise, tick)
+        ce, accuracy = score_at(model, rows, m, block, noise, tick)
         layers = (block + 1) * model.config.block_size
         table.append({"mask_fraction": m, "block": block, "layers": layers,
                       "cross_entropy": ce.mean().item(), "stderr": standard_error(ce),
@@ -601,7 +622,9 @@ def evaluate(model, rows, seed, compute="auto"):
     model = expand(model, dtype)
     steps = {*model.config.time_step_mask_fractions, 1.0}
     exits = model.blocks if model.config.attention_mode == "causal" else 0
-    tick = progress((len(steps) + REPLICATES + exits) * len(rows))
+    passes = REPLICATES + exits
+    passes += sum(draws_of_masks(m, model.config) for m in steps)
+    tick = progress(passes * len(rows))
     with autocast(device, dtype):
         bound, table = nelbo_12(model, rows, seed, tick)
         mean, stderr = nelbo(model, rows, seed, tick=tick)
@@ -1212,8 +1235,7 @@ def plot_cross_entropy(axes, runs, device):
         steps = [0.0] * (config.attention_mode == "causal") + steps
         for block in range(model.blocks):
             with autocast(device, dtype):
-                by_row = [score(model, rows, torch.full((len(rows),), m), block, noise)[0]
-                          for m in steps]
+                by_row = [score_at(model, rows, m, block, noise)[0] for m in steps]
             ce = [values.mean() for values in by_row]
             errors = [standard_error(values) or 0 for values in by_row]
             own = [m > 0 and exit_of(m, model) == block for m in steps]

@@ -54,7 +54,7 @@ LONGER = "training.max_steps=8800"  # than the tiny preset itself
 TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
 
 # The best rate of each row of `controls-tuning`.
-BEST = {}
+BEST = {"mostly-light": "1e-3", "2-layers-next-token": "2e-3"}
 
 
 def rows():
@@ -139,8 +139,8 @@ def rows():
     plain = "training.time_step_masking=false"
     controls = {
         "mostly-light": (STANDARD, 4150, "5e-4 1e-3 2e-3"),
-        "mostly-light-2-layers": (two_layers, 8700, "1e-3 2e-3 3e-3"),
-        "2-layers-end-to-end": (two_layers, 8700, "5e-4 1e-3 2e-3 3e-3"),
+        "mostly-light-2-layers": (two_layers, 8700, "5e-4 1e-3 2e-3 3e-3"),
+        "2-layers-end-to-end": (two_layers, 8700, "2.5e-4 5e-4 1e-3 2e-3 3e-3"),
         "2-layers-next-token": (f"{two_layers} {plain}", 8700, "1e-3 2e-3 3e-3 5e-3"),
     }
     controls_tuning = {
@@ -167,18 +167,18 @@ def rows():
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
     }
-    # Adapters where they should pay: from a model of the older addresses, half as long as
-    # long-next-token-dropout, to the newest tenth of them, for a quarter of its steps (the fused
-    # runs for as long). python evaluate_gpt2.py export older-gpt2 --run older --precision fp32
+    # Adapters where they should pay: from a model of the older addresses, a quarter as long as
+    # long-next-token-dropout, to the newest tenth of them, for an eighth of its steps (the fused
+    # runs for as long): 10 passes. python evaluate_gpt2.py export older-gpt2 --run older --precision fp32
     # comes between the two. `newer-start` is where they all start: one step that learns nothing.
     older, newer = (f"data.source=checkpoints/{name}.jsonl data.folder=checkpoints/{name}-tokens "
                     "model.dropout=0.1" for name in ("older", "newer"))
     newer += " training.eval_interval=1000"
     from_older = f"{newer} model.init_from=older-gpt2"
-    fine, fused = f"{from_older} {STANDARD} training.max_steps=5200", "training.max_steps=8900"
+    fine, fused = f"{from_older} {STANDARD} training.max_steps=1300", "training.max_steps=2230"
     full = f"{fine} training.qlora_enabled=false"
     adapters = {
-        "older": f"{older} {NEXT_TOKEN} training.max_steps=20750 training.lr=2e-3 "
+        "older": f"{older} {NEXT_TOKEN} training.max_steps=10400 training.lr=2e-3 "
                  "training.eval_interval=1000",
         "newer-start": f"{from_older} {STANDARD} training.max_steps=1 training.qlora_enabled=false "
                        "training.lr=1e-9",

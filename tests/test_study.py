@@ -208,7 +208,7 @@ def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     study.results_of("small-c").write_text("{}")
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["study-gpt2-small.json",
                                                                   "study-tiny.json"]
-    study.print_table("runs", [*results, "not-measured-0"])
+    study.print_table("runs", {row: row and "training.seed=0" for row in [*results, "not-measured-0"]})
     a, b = capsys.readouterr().out.splitlines()[-2:]
     spread = statistics.stdev(bounds)
     assert a.startswith("| a | 3 |") and f"5.300 +- {spread:.3f}" in a and "4.500 +- 0.000" in a
