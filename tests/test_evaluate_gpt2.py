@@ -327,6 +327,29 @@ def test_nelbo_12_estimates_the_enumerated_value(attention):
 
 @torch.no_grad()
 @BOTH
+def test_draws_of_masks_come_over_every_position_equally_often(attention, monkeypatch):
+    model, masks = toy_model(attention_mode=attention), []
+
+    def score(model, rows, m, block, noise, tick):
+        masks.append(noise < m[:, None])
+        return torch.zeros(len(rows)), torch.zeros(len(rows))
+
+    monkeypatch.setattr(e, "score", score)
+    for m in (0.1, 0.3, 0.85, 1.0):
+        masks.clear()
+        e.score_at(model, torch.zeros(50, 16).long(), m, 0, e.row_noise(50, 16, seed=0, tag=0))
+        often = torch.stack(masks).sum(0)  # (50, 16)
+        if attention == "causal" or m == 1:
+            assert len(masks) == 1
+        else:
+            assert len(masks) == math.ceil(2 / m)
+            assert set(often.unique().tolist()) <= {math.floor(len(masks) * m + 1e-6),
+                                                    math.ceil(len(masks) * m - 1e-6)}
+        assert masks[0].float().mean().item() == pytest.approx(m, abs=0.06)
+
+
+@torch.no_grad()
+@BOTH
 def test_the_bound_is_a_bound(attention):
     """exp(-NELBO) summed over all texts is at most 1, and exactly 1 for uniform predictions (which
     would exceed 1 if the term at m = 1 were left out)."""
