@@ -54,7 +54,8 @@ LONGER = "training.max_steps=8800"  # than the tiny preset itself
 TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
 
 # The best rate of each row of `controls-tuning`.
-BEST = {"mostly-light": "1e-3", "2-layers-next-token": "2e-3"}
+BEST = {"mostly-light": "1e-3", "mostly-light-2-layers": "1e-3", "2-layers-end-to-end": "5e-4",
+        "2-layers-next-token": "2e-3"}
 
 
 def rows():
