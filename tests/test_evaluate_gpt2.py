@@ -401,7 +401,8 @@ def test_both_ways_is_unbiased():
 @torch.no_grad()
 def test_scoring_every_position_or_the_masked_ones_agrees():
     """A causal model may be scored either way; `attention_mode` alone says which to the metrics.
-    Both bounds, 12 seeds: within 4 standard errors, and every position is the surer way."""
+    Both bounds, 12 seeds: within 4 standard errors. Every position is the surer way; for NELBO_12
+    the draws of masks, evenly spread, make up for it."""
     model = toy_model(scale=4.0)
     rows = torch.randint(5, (6, 8), generator=torch.Generator().manual_seed(0))
     figures = {}
@@ -413,7 +414,8 @@ def test_scoring_every_position_or_the_masked_ones_agrees():
     every, masked = figures.values()
     errors = [way.std(0, ddof=1) / math.sqrt(12) for way in (every, masked)]
     assert (abs(every.mean(0) - masked.mean(0)) < 4 * np.hypot(*errors)).all()
-    assert (errors[0] < 0.7 * errors[1]).all() and max(errors[1]) < 0.2
+    assert errors[0][1] < 0.7 * errors[1][1] and max(errors[1]) < 0.2
+    assert errors[1][0] < 1.4 * errors[0][0]
 
 
 @torch.no_grad()
