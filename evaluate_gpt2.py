@@ -710,6 +710,9 @@ def memory_mib(device, reset=False):
     return now, memory_mib.peak
 
 
+memory_mib.peak = 0.0  # where `ps` tells it
+
+
 def keep_freed_memory(return_now=False):
     """Let glibc keep what a step frees, for the next step to use again.
 

@@ -509,7 +509,9 @@ def test_memory_in_use_as_ps_tells_it(monkeypatch):
     said = []
     no_proc(monkeypatch, lambda command, **how: SimpleNamespace(stdout=said.pop(0)))
     cpu = torch.device("cpu")
-    said += [b"  2048\n", b"1024\n", b"4096\n", b"1024\n", b""]
+    said += [b"3072\n", b"  2048\n", b"1024\n", b"4096\n", b"1024\n", b""]
+    monkeypatch.setattr(e.memory_mib, "peak", 0.0)  # as at the start: the plan asks before a reset
+    assert e.memory_mib(cpu) == (3, 3)
     assert e.memory_mib(cpu, reset=True) == (2, 2)
     assert [e.memory_mib(cpu) for _ in range(2)] == [(1, 2), (4, 4)]
     assert e.memory_mib(cpu, reset=True) == (1, 1)
