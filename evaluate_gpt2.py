@@ -483,8 +483,7 @@ def score_at(model, rows, m, block, noise, tick=lambda n: None):
     n = draws_of_masks(m, model.config)
     fractions = torch.full((len(rows),), m)
     scores = [score(model, rows, fractions, block, (noise + i / n) % 1, tick) for i in range(n)]
-    ce, accuracy = (torch.stack(part).mean(0) for part in zip(*scores))
-    return ce, accuracy
+    return tuple(torch.stack(part).mean(0) for part in zip(*scores))
 
 
 def nelbo_12(model, rows, seed, tick=lambda n: None):
@@ -621,9 +620,8 @@ def evaluate(model, rows, seed, compute="auto"):
     dtype = compute_type(device, compute)
     model = expand(model, dtype)
     steps = {*model.config.time_step_mask_fractions, 1.0}
-    exits = model.blocks if model.config.attention_mode == "causal" else 0
-    passes = REPLICATES + exits
-    passes += sum(draws_of_masks(m, model.config) for m in steps)
+    passes = REPLICATES + sum(draws_of_masks(m, model.config) for m in steps)
+    passes += model.blocks if model.config.attention_mode == "causal" else 0
     tick = progress(passes * len(rows))
     with autocast(device, dtype):
         bound, table = nelbo_12(model, rows, seed, tick)

@@ -37,7 +37,8 @@ from evaluate_gpt2 import Run
 
 RESULTS = ROOT / "data" / "results"
 STANDARD = "training.mode=standard"
-NEXT_TOKEN = f"{STANDARD} training.time_step_masking=false"
+UNMASKED = "training.time_step_masking=false"
+NEXT_TOKEN = f"{STANDARD} {UNMASKED}"
 
 # The four variants: what each changes in the tiny preset, and its steps in the tuning runs.
 VARIANTS = {
@@ -52,10 +53,6 @@ ON_20_ROWS = ("import sys, evaluate_gpt2, train_gpt2_fusion; evaluate_gpt2.ROWS 
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")
 LONGER = "training.max_steps=8800"  # than the tiny preset itself
 TUNED = "training.batch_size=16 training.block_steps=[8,1,1] training.qlora_lr=3e-3"
-
-# The best rate of each row of `controls-tuning`.
-BEST = {"mostly-light": "1e-3", "mostly-light-2-layers": "1e-3", "2-layers-end-to-end": "5e-4",
-        "2-layers-next-token": "2e-3"}
 
 
 def rows():
@@ -94,11 +91,11 @@ def rows():
              for seed in range(3) for name, keys in main.items()}
     one_block = (f"{STANDARD} training.total_blocks=1 training.block_steps=[1] "
                  "training.block_mask_ranges=[[0.0,1.0]]")
-    two_layers = f"{one_block} model.n_layers=2 training.max_steps=8700"
+    two_layers = f"{one_block} model.n_layers=2"
     both_ways = "model.attention_mode=bidirectional"
     more = {
-        "end-to-end-2-layers": two_layers,
-        "next-token-2-layers": f"{two_layers} training.time_step_masking=false training.lr=2e-3",
+        "end-to-end-2-layers": f"{two_layers} training.max_steps=8700",
+        "next-token-2-layers": f"{two_layers} training.max_steps=8700 {UNMASKED} training.lr=2e-3",
         "next-token-longer": f"{NEXT_TOKEN} training.max_steps=4450 training.lr=2e-3",
         "fused-int4": f"training.quantization_type=int4 {LONGER}",
         "fused-trainable": "training.fusion_mode=trainable training.max_steps=8200",
@@ -135,23 +132,21 @@ def rows():
     }
     # The controls that isolate block-wise training: end to end on the fused run's own mixture of
     # noise (a patch), and models of two layers, each kind at rates of its own. Steps are those of
-    # the rows above with as many layers; the tuning has a third of them.
-    two_layers = f"{one_block} model.n_layers=2"
-    plain = "training.time_step_masking=false"
-    controls = {
-        "mostly-light": (STANDARD, 4150, "5e-4 1e-3 2e-3"),
-        "mostly-light-2-layers": (two_layers, 8700, "5e-4 1e-3 2e-3 3e-3"),
-        "2-layers-end-to-end": (two_layers, 8700, "2.5e-4 5e-4 1e-3 2e-3 3e-3"),
-        "2-layers-next-token": (f"{two_layers} {plain}", 8700, "1e-3 2e-3 3e-3 5e-3"),
+    # the rows above with as many layers; the tuning has a third of them. Last the best rate.
+    kinds = {
+        "mostly-light": (STANDARD, 4150, "5e-4 1e-3 2e-3", "1e-3"),
+        "mostly-light-2-layers": (two_layers, 8700, "5e-4 1e-3 2e-3 3e-3", "1e-3"),
+        "2-layers-end-to-end": (two_layers, 8700, "2.5e-4 5e-4 1e-3 2e-3 3e-3", "5e-4"),
+        "2-layers-next-token": (f"{two_layers} {UNMASKED}", 8700, "1e-3 2e-3 3e-3 5e-3", "2e-3"),
     }
     controls_tuning = {
         f"{name}-{lr}": f"{keys} training.max_steps={steps // 3} training.lr={lr}"
-        for name, (keys, steps, rates) in controls.items() for lr in rates.split()
+        for name, (keys, steps, rates, _) in kinds.items() for lr in rates.split()
     }  # fmt: skip
     controls = {
-        f"{name}-{seed}": f"{keys} training.max_steps={steps} training.lr={BEST[name]} "
+        f"{name}-{seed}": f"{keys} training.max_steps={steps} training.lr={best} "
                           f"training.seed={seed}"
-        for name, (keys, steps, _) in controls.items() if name in BEST for seed in range(3)
+        for name, (keys, steps, _, best) in kinds.items() for seed in range(3)
     }  # fmt: skip
     # A rate of its own for the token embedding (two patches), at the length of the tiny preset.
     embeddings = {
@@ -170,8 +165,8 @@ def rows():
     }
     # Adapters where they should pay: from a model of the older addresses, a quarter as long as
     # long-next-token-dropout, to the newest tenth of them, for an eighth of its steps (the fused
-    # runs for as long): 10 passes. python evaluate_gpt2.py export older-gpt2 --run older --precision fp32
-    # comes between the two. `newer-start` is where they all start: one step that learns nothing.
+    # runs for as long): 10 passes. Between the two comes python evaluate_gpt2.py export older-gpt2
+    # --run older --precision fp32. `newer-start` is where they start: one step that learns nothing.
     older, newer = (f"data.source=checkpoints/{name}.jsonl data.folder=checkpoints/{name}-tokens "
                     "model.dropout=0.1" for name in ("older", "newer"))
     newer += " training.eval_interval=1000"
@@ -193,8 +188,8 @@ def rows():
         "newer-fused": f"{from_older} {fused}",
         "newer-fused-no-adapters": f"{from_older} {fused} training.qlora_enabled=false",
         "newer-scratch": f"{newer} {fused}",
-        "newer-next-token-full": f"{full} {plain}",
-        "newer-next-token-qlora": f"{fine} {plain}",
+        "newer-next-token-full": f"{full} {UNMASKED}",
+        "newer-next-token-qlora": f"{fine} {UNMASKED}",
     }
     # Ten times the steps of `main`: several passes over the training text, 53 fused and 25 of the
     # controls. Weight decay is 0.1 everywhere; dropout is given to all kinds too.
@@ -267,7 +262,6 @@ def older_and_newer():
     newest = addresses[-(len(addresses) // 10):]
     for name, wanted in (("older", False), ("newer", True)):
         text = "".join(f"{line}\n" for line in lines if (source[line] in newest) == wanted)
-        (ROOT / "checkpoints").mkdir(exist_ok=True)
         (ROOT / "checkpoints" / f"{name}.jsonl").write_text(text)
 
 
@@ -361,7 +355,7 @@ def mean(values, digits):
 
 
 def print_table(group, settings):
-    """A Markdown table of a group, {row: settings}; rows that differ in their seed alone share a line.
+    """A Markdown table of a group, {row: settings}; rows that differ in their seed share a line.
 
     Nats per token; left to right at the best exit; bits per byte by the continuous bound, or left
     to right where there is none. `+-` is the standard deviation over the seeds. Rise and gradient
@@ -422,6 +416,7 @@ def main(argv=None):
         return 0
     if not args.table:
         todo = [row for row in chosen if args.rows or row not in measured()]
+        (ROOT / "checkpoints").mkdir(exist_ok=True)
         if any(".jsonl" in every[row] for row in todo):
             older_and_newer()
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
