@@ -232,6 +232,27 @@ def test_seeds_share_a_line_of_the_table(monkeypatch, tmp_path, capsys):
     assert a.endswith("| 0.000 | - |") and b.endswith("| 0.000 | - |")
 
 
+def test_a_fresh_clone_has_no_folder_for_runs_yet(monkeypatch, tmp_path):
+    """The folder is there when a row begins, and the two texts where a row needs them."""
+    seen = []
+
+    def run(row, *_):
+        seen.append([row, *sorted(path.name for path in (tmp_path / "checkpoints").iterdir())])
+        raise UserError("enough")
+
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "exercises", dict)
+    monkeypatch.setattr(study, "run", run)
+    for row in ("fused-0", "older"):
+        assert study.main([row]) == 2
+    assert seen == [["fused-0"], ["older", "newer.jsonl", "older.jsonl"]]
+    texts = {name: [json.loads(line)["source"] for line in open(tmp_path / "checkpoints" / name)]
+             for name in ("newer.jsonl", "older.jsonl")}  # fmt: skip
+    older, newer = (set(texts[name]) for name in ("older.jsonl", "newer.jsonl"))
+    assert (len(older), len(newer)) == (225, 24) and len(sum(texts.values(), [])) == 10_000
+    assert max(int(name[:4]) for name in older) < min(int(name[:4]) for name in newer)
+
+
 def test_unknown_row_is_one_line():
     result = subprocess.run([sys.executable, "tests/study.py", "nothing"], cwd=ROOT,
                             capture_output=True, text=True)
