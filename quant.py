@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_loader import UserError
+from model import product_dtype
 
 KINDS = {"fp32": 4, "fp16": 2, "int4": 4.5 / 8, "nf4": 4.127 / 8}  # bytes of a weight
 
@@ -227,10 +228,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out) in the compute type."""
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return _Product.apply(x, self.weight, self.bias, dtype)
+        return _Product.apply(x, self.weight, self.bias, product_dtype(x))
 
 
 def convert_(module, kind, group_size=64):
