@@ -163,19 +163,18 @@ def rows():
         "fused-from-gpt2": started,
         "plain-qlora": f"{started} {STANDARD}",
     }
-    # Adapters where they should pay: from a model of the older addresses, a quarter as long as
-    # long-next-token-dropout, to the newest tenth of them, for an eighth of its steps (the fused
-    # runs for as long): 10 passes. Between the two comes python evaluate_gpt2.py export older-gpt2
-    # --run older --precision fp32. `newer-start` is where they start: one step that learns nothing.
-    older, newer = (f"data.source=checkpoints/{name}.jsonl data.folder=checkpoints/{name}-tokens "
-                    "model.dropout=0.1" for name in ("older", "newer"))
-    newer += " training.eval_interval=1000"
+    # Adapters where they should pay: from a model of the older addresses, a quarter longer than
+    # next-token-0, to the newest tenth of them, for a fifth of its steps (the fused runs for as
+    # long). Between the two comes python evaluate_gpt2.py export older-gpt2 --run older
+    # --precision fp32. `newer-start` is where they start: one step that learns nothing.
+    older, newer = (f"data.source=checkpoints/{name}.jsonl data.folder=checkpoints/{name}-tokens"
+                    for name in ("older", "newer"))
+    newer += " model.dropout=0.1"
     from_older = f"{newer} model.init_from=older-gpt2"
-    fine, fused = f"{from_older} {STANDARD} training.max_steps=1300", "training.max_steps=2230"
+    fine, fused = f"{from_older} {STANDARD} training.max_steps=1040", "training.max_steps=1780"
     full = f"{fine} training.qlora_enabled=false"
     adapters = {
-        "older": f"{older} {NEXT_TOKEN} training.max_steps=10400 training.lr=2e-3 "
-                 "training.eval_interval=1000",
+        "older": f"{older} {NEXT_TOKEN} training.max_steps=5200 training.lr=2e-3",
         "newer-start": f"{from_older} {STANDARD} training.max_steps=1 training.qlora_enabled=false "
                        "training.lr=1e-9",
         "newer-full": full,
