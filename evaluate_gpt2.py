@@ -600,14 +600,6 @@ def perplexity(nats):
     return math.exp(min(nats, 700))
 
 
-def units_of(rows, encoding):
-    """Bytes and words of the predicted part of `rows`: (bytes per token, words per token)."""
-    predicted = rows[:, 1:].numpy()
-    texts = (encoding.decode(row.tolist()).replace("<|endoftext|>", " ") for row in predicted)
-    words = sum(len(text.split()) for text in texts)
-    return token_bytes(encoding)[predicted].sum() / predicted.size, words / predicted.size
-
-
 def evaluate(model, rows, seed, compute="auto"):
     """All metrics of a model on validation rows (R, T), products in `compute` (see gpt2.yaml).
 
@@ -955,7 +947,7 @@ def report(run, model, full=False, precision=None, path=None, say=print):
     rows = validation_rows(val, config.seq_len, None if full else ROWS)
     stages = run.metrics("stage")  # damage is told now, not after minutes of scoring
     result = evaluate(model, rows, training.seed, training.compute_type)
-    bytes_per_token, words_per_token = units_of(rows, tokenizer(config.vocab_size))
+    bytes_per_token = token_bytes(tokenizer(config.vocab_size))[rows[:, 1:]].mean()
     unigram = unigram_entropy(train, rows[:, 1:], config.vocab_size)
     exits = result["left_to_right"] or []
     losses = [("nelbo_12: bound over the time steps", result["nelbo_12"],
@@ -973,7 +965,6 @@ def report(run, model, full=False, precision=None, path=None, say=print):
         "unigram": unigram,
         "losses": [{"loss": name, "nats_per_token": nats, "stderr": error,
                     "perplexity": perplexity(nats),
-                    "perplexity_per_word": perplexity(nats / words_per_token),
                     "bits_per_byte": bits_per_byte(nats)} for name, nats, error in losses],
         "bits_per_byte": {"nelbo": bits_per_byte(result["nelbo"]),
                           "left_to_right": bits_per_byte(min(exits)) if exits else None},
@@ -1186,15 +1177,15 @@ def plot(runs, target, device):
     plt.rcParams.update({"font.size": 13, "axes.grid": True, "grid.alpha": 0.3,
                          "axes.axisbelow": True, "savefig.dpi": 110, "figure.figsize": (9, 5.5),
                          "figure.constrained_layout.use": True, "legend.frameon": False})
-    Path(target).mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     pictures = (("loss", plot_loss), ("cross_entropy", plot_cross_entropy),
                 ("memory", plot_memory))
     for name, draw in pictures:
         figure, axes = plt.subplots()
         draw(axes, runs, device)
-        figure.savefig(Path(target) / f"{name}.png")
+        figure.savefig(target / f"{name}.png")
         plt.close(figure)
-        print(f"written to {Path(target) / name}.png")
+        print(f"written to {target / name}.png")
 
 
 def plot_loss(axes, runs, device):
@@ -1247,7 +1238,7 @@ def plot_cross_entropy(axes, runs, device):
                 m, mean, error = zip(*points)
                 axes.errorbar(m, mean, error, color=colour, marker="os^Dv"[block % 5], capsize=3,
                               label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
-    axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per masked token")
+    axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per token")
     axes.set_title(f"{PLOT_ROWS} validation rows, bars: standard error over them; solid where the "
                    "exit owns m",
                    fontsize=12)
@@ -1431,7 +1422,7 @@ def write_text(run, device, args):
     if not args.watch:
         print(text.strip())
     if args.gif:
-        write_gif(watch.frames, args.gif)
+        write_gif(watch.frames, user_path(args.gif))
         print(f"written to {args.gif}")
 
 
@@ -1443,7 +1434,7 @@ def main(argv=None):
         return 0
     if args.command == "plot":
         runs = [Run.named(name) for name in args.runs or [None]]
-        plot(runs, args.to or runs[0].folder, pick_device(args.device))
+        plot(runs, user_path(args.to or runs[0].folder), pick_device(args.device))
         return 0
     keep_freed_memory()
     run = Run.named(args.run)
