@@ -189,6 +189,7 @@ def rows():
         "newer-scratch": f"{newer} {fused}",
         "newer-next-token-full": f"{full} {UNMASKED}",
         "newer-next-token-qlora": f"{fine} {UNMASKED}",
+        "newer-next-token-qlora-3e-3": f"{fine} {UNMASKED} training.qlora_lr=3e-3",
     }
     # Ten times the steps of `main`: several passes over the training text, 53 fused and 25 of the
     # controls. Weight decay is 0.1 everywhere; dropout is given to all kinds too.
