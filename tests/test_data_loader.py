@@ -445,8 +445,10 @@ MISTAKES = [
     ("training: {run_id: 7}", "", ["training.run_id must be text, not 7 (int)"]),
     ("training: {block_steps: 3}", "", ["training.block_steps must be a list as in gpt2.yaml, "
                                         "not 3"]),
-    ("training: {block_steps: [.nan]}", "", ["block_steps must be a list as in gpt2.yaml"]),
-    ("", "training.block_steps=[1, .inf, 1]", ["block_steps must be a list as in gpt2.yaml"]),
+    ("training: {block_steps: [.nan]}", "", ["training.block_steps must be a list as in "
+                                             "gpt2.yaml"]),
+    ("", "training.block_steps=[1, .inf, 1]", ["training.block_steps must be a list as in "
+                                               "gpt2.yaml"]),
     ("training: {block_mask_ranges: [[0, 1, 2]]}", "", ["training.block_mask_ranges must be"]),
     ("training: {time_step_mask_fractions: [a]}", "", ["training.time_step_mask_fractions"]),
     ("model: [1", "", ["mine.yaml: line 1"]),

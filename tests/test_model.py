@@ -148,6 +148,7 @@ def test_an_exit_runs_only_the_layers_up_to_its_block():
 
 def test_the_row_of_mask_is_trained_beside_a_frozen_embedding():
     model, x = toy_model(), text(3)
+    without_mask = model(x)
     x[:, 4] = TOY.mask_id
     before = model(x)
     model.requires_grad_(False)
@@ -161,8 +162,7 @@ def test_the_row_of_mask_is_trained_beside_a_frozen_embedding():
     after = model(x)
     assert torch.equal(after[:, :4], before[:, :4])  # text is read through the embedding as before
     assert not torch.equal(after[:, 4], before[:, 4])
-    # Another shape, so not to the last bit on every processor.
-    torch.testing.assert_close(model(text(3)[:, :4]), before[:, :4])
+    assert torch.equal(model(text(3)), without_mask)
     model.wte.half()  # stored, as plain QLoRA has it: the row that trains stays fp32
     model.add_mask_row()
     assert model.mask_row.dtype == torch.float32
