@@ -209,6 +209,12 @@ def rows():
         "both-ways-long": "training.max_steps=88000",
     }
     long = {name: f"{keys} training.eval_interval=1000" for name, keys in long.items()}
+    # The same question as the last three at the length of `main`, whose rows they stand beside.
+    depth = {
+        "fused-1-1-1": "training.max_steps=5500 training.block_steps=[1,1,1]",
+        "both-ways-1-1-1": "training.max_steps=5500 training.block_steps=[1,1,1]",
+        "fused-4-1-1": "training.max_steps=7100 training.block_steps=[4,1,1]",
+    }
     # GPT-2 Small, each kind at a few rates for an eleventh of the time.
     small_tuning = {
         f"small-tune-{name}-{lr}": f"{keys} training.max_steps={steps} training.lr={lr}"
@@ -227,7 +233,7 @@ def rows():
     return {"tuning": tuning, "tried": tried, "main": seeds, "more": more, "ideas": ideas,
             "why": why, "controls-tuning": controls_tuning, "controls": controls,
             "embeddings": embeddings, "pretrained": pretrained, "adapters": adapters, "long": long,
-            "small-tuning": small_tuning, "small": small}
+            "depth": depth, "small-tuning": small_tuning, "small": small}
 
 
 def command_of(row, settings):
