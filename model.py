@@ -468,6 +468,10 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None):
     return loss, ce, hit
 
 
+CHUNK = 512  # positions whose logits exist at one time
+SLICE = 8192  # rows of W in one product: libraries copy a factor, and a share of grad_W exists
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted cross-entropy over the vocabulary, chunk by chunk, gradients formed on the way.
 
@@ -475,12 +479,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     means that no (N, V) tensor is ever stored, and the backward pass only scales by its input.
     """
 
-    CHUNK = 512  # positions whose logits exist at one time
-    SLICE = 8192  # rows of W in one product: libraries copy a factor, and a share of grad_W exists
-
     @staticmethod
     def forward(ctx, hidden, targets, weights, weight, vocab_size, need_h, need_W):
-        dtype, chunk = product_dtype(hidden), _ChunkedCrossEntropy.CHUNK
+        dtype = product_dtype(hidden)
         h, W = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
         ce = torch.empty(len(h), device=h.device)  # (N,)
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
@@ -488,11 +489,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = None
         # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
         scale = 2.0 ** len(h).bit_length()
-        buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
-        slices = [slice(j, j + _ChunkedCrossEntropy.SLICE)
-                  for j in range(0, len(W), _ChunkedCrossEntropy.SLICE)]  # fmt: skip
-        for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
+        buffer = h.new_empty(min(CHUNK, len(h)), len(W))  # one chunk's logits, then softmax
+        slices = [slice(j, j + SLICE) for j in range(0, len(W), SLICE)]
+        for i in range(0, len(h), CHUNK):
+            part = slice(i, i + CHUNK)
             h_part, target = h[part], targets[part, None]  # (chunk, d), (chunk, 1)
             logits = buffer[: len(h_part)]  # (chunk, V)
             for rows in slices:

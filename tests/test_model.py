@@ -317,8 +317,8 @@ def test_tied_cross_entropy_is_cross_entropy(monkeypatch, sizes):
     assert 64 < some.sum() < 90
     cases = ((None, 90), (some, 128), (one, 64), (some & False, 0))
     for (scored, size), chunk in itertools.product(cases, (1, 7, 64, 512)):
-        monkeypatch.setattr(_ChunkedCrossEntropy, "CHUNK", chunk)
-        monkeypatch.setattr(_ChunkedCrossEntropy, "SLICE", 3 * chunk + 2)
+        monkeypatch.setattr("model.CHUNK", chunk)
+        monkeypatch.setattr("model.SLICE", 3 * chunk + 2)
         kept = torch.ones_like(some) if scored is None else scored
         loss, ce, _ = tied_cross_entropy(model, hidden, targets, weights * kept, scored)
         assert sizes.pop() == size  # masked positions in multiples of 64, for the kernels' sake
