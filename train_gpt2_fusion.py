@@ -40,7 +40,7 @@ from data_loader import (DEFAULTS, Parser, UserError, load_config, load_tokens, 
 from evaluate_gpt2 import (MIB, Run, State, cell, is_pretrained, keep_freed_memory, kind_of_run,
                            memory, memory_mib, perplexity, pick_device, print_table, report,
                            row_noise, score)
-from model import (GPT, autocast, compute_type, corrupt, diffusion_loss, read_pretrained,
+from model import (CHUNK, GPT, autocast, compute_type, corrupt, diffusion_loss, read_pretrained,
                    stratified, time_steps_of)
 
 # ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def memory_needed(stage, config, training, dtype, processes=1):
     whole, mode = (8 + 16 * s) * d + s * c.n_heads * c.seq_len, training.gradient_checkpointing
     kept = n_trained * (4 * d if mode == "all" else whole)
     kept += len(stage.adapted) * (whole if mode == "none" else 4 * d)
-    head = s * c.padded_vocab_size * (d + min(512, tokens)) + (8 + s) * d * tokens
+    head = s * c.padded_vocab_size * (d + min(CHUNK, tokens)) + (8 + s) * d * tokens
     return (held + tokens * kept + head) / MIB
 
 
@@ -665,9 +665,9 @@ def meaning(stage, config, training):
 
 
 def what_next(run, args):
-    """Commands that one wants after a training, for the control that takes about as long too."""
-    lines = [f'python evaluate_gpt2.py sample "The people of" --run {run} --watch',
-             f"python evaluate_gpt2.py plot {run}  # needs pip install matplotlib"]
+    """(what for, command) of what one wants after a training; a control of equal length too."""
+    lines = [("write text", f'python evaluate_gpt2.py sample "The people of" --run {run} --watch'),
+             ("draw pictures (pip install matplotlib)", f"python evaluate_gpt2.py plot {run}")]
     fused = run.config.training.mode == "fused" and run.config.model.init_from == "scratch"
     if fused and not args.resume:
         words = ["--config", args.config] if args.config != DEFAULTS else []
@@ -681,8 +681,9 @@ def what_next(run, args):
         steps = round(work / matmul_flops(end_to_end, control.model))
         words += ["training.mode=standard", f"training.run_id={run.name}-control",
                   f"training.max_steps={steps}"]  # fmt: skip
-        lines += [f"python train_gpt2_fusion.py {shlex.join(words)}  # end to end, about as long",
-                  f"python evaluate_gpt2.py compare {run} {run}-control"]  # fmt: skip
+        lines += [("train the control, all layers at once for about as long",
+                   f"python train_gpt2_fusion.py {shlex.join(words)}"),
+                  ("compare", f"python evaluate_gpt2.py compare {run} {run}-control")]
     return lines
 
 
@@ -878,8 +879,8 @@ def main(argv=None):
         report(run, model, say=say)
     say(f"the run is in {run.folder}; python evaluate_gpt2.py --run {run} repeats its evaluation. "
         "Next:")
-    for line in what_next(run, args):
-        say(f"  {line}")
+    for purpose, command in what_next(run, args):
+        say(f"  {purpose}:\n    {command}")
     return 0
 
 
