@@ -51,9 +51,9 @@ import torch
 
 import lora
 import quant
-from data_loader import (Parser, UserError, load_config, load_tokens, one_line_errors,
-                         read_tensors, token_bytes, tokenizer, user_path, validation_rows,
-                         write_json, write_tensors)
+from data_loader import (KEYS_OF_THE_NETWORK, Parser, UserError, load_config, load_tokens,
+                         one_line_errors, read_tensors, token_bytes, tokenizer, user_path,
+                         validation_rows, write_json, write_tensors)
 from model import (GPT, autocast, block_of, compute_type, confident_step, corrupt, diffusion_loss,
                    read_pretrained, reverse_step, sample_tokens)
 
@@ -278,10 +278,11 @@ class Run:
         return model.to(device), state, optimizer
 
     def _check_config(self, trained):
-        """UserError where config.json is no longer what a block was trained with."""
+        """UserError where a key that changes figures is no longer what a block was trained with."""
         for section, entries in json.loads(json.dumps(self.config.tree())).items():
             for key, value in entries.items():
-                if section == "model" or key.startswith("qlora_") or key == "seed":
+                matters = section == "model" or key in (*KEYS_OF_THE_NETWORK, "seed")
+                if matters or key.startswith("qlora_"):
                     if trained[section][key] != value:
                         raise UserError(f"{self.folder / 'config.json'} has been changed: "
                                         f"{section}.{key} was {trained[section][key]!r} and is "
@@ -707,7 +708,7 @@ def keep_freed_memory(return_now=False):
     """Let glibc keep what a step frees, for the next step to use again.
 
     By default it gives every large tensor back to the kernel and gets it anew, page by page and
-    zeroed, which costs a step of GPT-2 Small on a CPU 17 to 29 % (tests/benchmark.py has rows with
+    zeroed, which costs a step of GPT-2 Small on a CPU 3 to 6 % (tests/benchmark.py has rows with
     and without). return_now: give back all that is free now. Does nothing where there is no glibc.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: macOS, Windows

@@ -1026,7 +1026,7 @@ def test_the_steps_as_a_moving_picture(run, monkeypatch, capsys):
     assert printed.startswith("we") and printed.endswith("written to a.gif\n")
     assert "░" not in printed  # without --watch nothing but the text
     with image.open("a.gif") as picture:
-        assert picture.n_frames == 17  # 16 in windows of 8, and the start
+        assert picture.n_frames == 17  # 16 in windows of 4, and the start
         assert picture.size[0] == 608
         picture.seek(16)
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10_000)}
@@ -1222,7 +1222,7 @@ def test_what_the_pictures_show(run, monkeypatch):
     labels = {text.get_text(): text.get_rotation() for text in loss.texts}
     assert len(labels) == 3 and {*labels.values()} == {90}  # narrow stages' do not overlap
     e.plot_cross_entropy(ce, [run], torch.device("cpu"))
-    assert "dashed elsewhere" in ce.get_title()
+    assert "solid where the exit owns m" in ce.get_title()
     every, own = ce.get_lines()[::2], ce.get_lines()[1::2]
     steps = run.config.model.time_step_mask_fractions
     rows = validation_rows(run.tokens()[1], 32, 4)
