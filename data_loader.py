@@ -520,16 +520,21 @@ def meant_by(argument):
 
 
 def config_files(path):
-    """[(where it is said, parsed yaml)]: gpt2.yaml, and `path` on top of it if it is another."""
-    paths = [DEFAULTS] if DEFAULTS.samefile(path) else [DEFAULTS, Path(path)]
-    return [(p.name if p == DEFAULTS else p, mapping(parse_yaml(read_text(p), p), p))
-            for p in paths]  # fmt: skip
+    """gpt2.yaml and, on top of it, `path` if that is another file.
 
-
-def preset_names(path=DEFAULTS):
-    """The presets of a config file."""
-    return [str(name) for where, tree in config_files(path)
-            for name in mapping(tree.get("presets"), f"{where}: presets")]  # fmt: skip
+    Returns:
+        [(where it is said, {section: {key: value}})], and {preset: such a pair}.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such config file: name one with --config")
+    files, presets = [], {}
+    for path in [DEFAULTS] if DEFAULTS.samefile(path) else [DEFAULTS, Path(path)]:
+        where = path.name if path == DEFAULTS else path
+        tree = mapping(parse_yaml(read_text(path), path), path)
+        for name, preset in mapping(tree.pop("presets", None), f"{where}: presets").items():
+            presets[str(name)] = (f"{where}: presets.{name}", preset)
+        files.append((where, tree))
+    return files, presets
 
 
 def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
@@ -544,13 +549,7 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
     Returns:
         Config. UserError names the file or override that is at fault, and the key.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such config file: name one with --config")
-    files = config_files(path)
-    presets = {}
-    for where, tree in files:
-        for name, tree_of_preset in mapping(tree.pop("presets", None), f"{where}: presets").items():
-            presets[str(name)] = (f"{where}: presets.{name}", tree_of_preset)
+    files, presets = config_files(path)
     if preset is not None and preset not in presets:
         raise UserError(f"{path}: unknown preset {preset}: there are {', '.join(presets)}")
     # (where it is said, {section: {key: value}}); what comes later wins
@@ -691,9 +690,7 @@ def read_records(path):
 
 
 def source_files(source):
-    """The files of a text, in a fixed order. UserError if there are none."""
-    if source == "sotu":
-        return [CORPUS]
+    """The files of your own text, in a fixed order. UserError if there are none."""
     source = user_path(source)
     if not source.exists():
         raise UserError(f"data.source: {source} does not exist: give a file, a folder, or sotu")
@@ -839,7 +836,7 @@ def validation_rows(tokens, seq_len, count=None):
         raise UserError(f"the validation text ({len(tokens):,} tokens) is shorter than "
                         f"model.seq_len={seq_len}: lower it, or give more text")
     count = n_rows if count is None else min(count, n_rows)
-    starts = np.arange(count) * n_rows // max(1, count) * (seq_len - 1)
+    starts = np.arange(count) * n_rows // count * (seq_len - 1)
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len)].astype(np.int64))
 
 
@@ -859,7 +856,7 @@ def main(argv=None):
     quoted = json.dumps(args.source, ensure_ascii=False)
     source = [f"data.source={quoted}"] if args.source is not None else []
     sizes = set()
-    for preset in (None, *preset_names(args.config)):
+    for preset in (None, *config_files(args.config)[1]):
         config = load_config(args.config, preset, source + args.overrides)
         if config.model.vocab_size not in sizes:
             train, val, _ = load_tokens(config.data, config.model.vocab_size)

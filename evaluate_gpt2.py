@@ -55,7 +55,7 @@ from data_loader import (KEYS_OF_THE_NETWORK, Parser, UserError, load_config, lo
                          one_line_errors, read_tensors, token_bytes, tokenizer, user_path,
                          validation_rows, write_json, write_tensors)
 from model import (GPT, autocast, block_of, compute_type, confident_step, corrupt, diffusion_loss,
-                   read_pretrained, reverse_step, sample_tokens)
+                   read_pretrained, reverse_step)
 
 ROWS = 100  # validation rows scored by default
 DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
@@ -432,8 +432,7 @@ def expand(model, dtype):
     model = copy.deepcopy(model).eval()
     for name, module in [*model.named_modules()]:
         if isinstance(module, quant.QuantLinear):
-            dense = torch.nn.Linear(1, 1).requires_grad_(False)
-            dense.weight.data, dense.bias.data = module.dequantize(dtype), module.bias.to(dtype)
+            dense = quant.dense(module.dequantize(dtype), module.bias.to(dtype))
             model.set_submodule(name, dense)
     model.head_weight = model.wte.weight.detach().to(dtype)
     return model
@@ -496,8 +495,7 @@ def nelbo_12(model, rows, seed, tick=lambda n: None):
         the bound of each row, (R,), in nats per token, and a list of {mask_fraction, block, layers,
         cross_entropy, stderr, accuracy}, one per time step and one for m = 1.
     """
-    steps = [*model.config.time_step_mask_fractions]
-    steps += [] if steps[-1] == 1 else [1.0]
+    steps = sorted({*model.config.time_step_mask_fractions, 1.0})
     noise = row_noise(len(rows), rows.size(1), seed, tag=0)
     table, bound, low = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
     for m in steps:
@@ -620,15 +618,14 @@ def evaluate(model, rows, seed, compute="auto"):
         bound, table = nelbo_12(model, rows, seed, tick)
         mean, stderr = nelbo(model, rows, seed, tick=tick)
         exits = left_to_right(model, rows, tick)
-    result = {"nelbo_12": bound.mean().item(), "nelbo_12_stderr": standard_error(bound),
-              "nelbo": mean, "nelbo_stderr": stderr, "left_to_right": None,
-              "left_to_right_stderr": None, "time_steps": table, "rows": len(rows),
-              "by_row": {"nelbo_12": bound.tolist(), "left_to_right": None}}  # fmt: skip
-    if exits is not None:
-        result |= {"left_to_right": exits.mean(1).tolist(),
-                   "left_to_right_stderr": [*map(standard_error, exits)]}
-        result["by_row"]["left_to_right"] = exits.tolist()
-    return result
+    causal = exits is not None
+    return {"nelbo_12": bound.mean().item(), "nelbo_12_stderr": standard_error(bound),
+            "nelbo": mean, "nelbo_stderr": stderr,
+            "left_to_right": exits.mean(1).tolist() if causal else None,
+            "left_to_right_stderr": [*map(standard_error, exits)] if causal else None,
+            "time_steps": table, "rows": len(rows),
+            "by_row": {"nelbo_12": bound.tolist(),
+                       "left_to_right": exits.tolist() if causal else None}}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -883,7 +880,7 @@ def wrapped(cells, width):
 
 
 def sample_text(model, training, prompt="", length=None, order=None, window=None, watch=None,
-                say=print, **how):  # fmt: skip
+                **how):  # fmt: skip
     """One sample as text.
 
     Args:
@@ -902,9 +899,9 @@ def sample_text(model, training, prompt="", length=None, order=None, window=None
     if how.get("exit_k") is not None and how["exit_k"] >= model.blocks:
         raise UserError(f"exit {how['exit_k']} does not exist; there are 0 to {model.blocks - 1}")
     if order != "left-to-right" and not masked:
-        say("note: trained without masks: [MASK] is new to this model")
+        print("note: trained without masks: [MASK] is new to this model")
     if re.search("_{4,}", prompt) and causal:
-        say("note: a causal model sees only what stands left of a blank")
+        print("note: a causal model sees only what stands left of a blank")
     dtype = compute_type(model.wte.weight.device, training.compute_type)
     model = expand(model, dtype)
     with autocast(model.wte.weight.device, dtype):
@@ -935,9 +932,10 @@ def print_table(columns, rows, say=print):
 
 
 def report(run, model, full=False, precision=None, path=None, say=print):
-    """Evaluate a run: write its figures to `path` (None: eval.json), print tables and a sample.
+    """Evaluate a run: write its figures to `path`, print tables and a sample.
 
     Args:
+        path: None: eval.json in the run's folder, eval_<precision>.json where that is given.
         model: from `run.load`; full: score every validation row instead of ROWS of them.
 
     Returns:
@@ -976,7 +974,7 @@ def report(run, model, full=False, precision=None, path=None, say=print):
         "train_tokens": sum(stage["tokens"] for stage in stages),
         "config": run.config.tree(),
     }  # fmt: skip
-    path = Path(path or run.folder / "eval.json")
+    path = path or run.folder / (f"eval_{precision}.json" if precision else "eval.json")
     write_json(path, result)
     if model.blocks < config.total_blocks:
         say(f"\nnote: training has not ended; only exits 0 to {model.blocks - 1} exist, and the "
@@ -1075,12 +1073,13 @@ def compare(runs):
                  "held_mib": ",.0f", "peak_mib": ",.0f", "nelbo_12": ".3f", "nelbo": ".3f",
                  "left_to_right": ".3f", "bits_nelbo": ".3f", "bits_left_to_right": ".3f"}, rows)
     print("left_to_right is that of the best exit; bits are per byte of text")
-    if len(scored) == 1 and len(runs) > 1 and max(map(len, texts.values())) == 1:
+    same_text = max(map(len, texts.values())) == 1
+    if same_text and len(scored) == 1:
         print_differences(runs, results)
     if unfinished:
         print(f"note: not trained to the end: {', '.join(unfinished)}; seconds and tokens are "
               "those of whole stages")
-    if max(map(len, texts.values())) > 1:
+    if not same_text:
         print("note: these runs were scored on different texts: their figures cannot be compared")
     elif len(scored) > 1:
         print("note: these runs were scored on different rows or vocabularies: only their bits per "
@@ -1122,7 +1121,7 @@ def precision_table(run, device, full=False):
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         if kind == "fp32":
             exact = linears
-        stored = sum(linear.nbytes for linear in linears)
+        stored = sum(linear.weight.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
         row = {"storage": kind, "layers_mib": stored / MIB, "bits_per_weight": 8 * stored / count,
                "signal_to_noise_db": signal_to_noise(linears, exact),
@@ -1231,14 +1230,12 @@ def plot_cross_entropy(axes, runs, device):
                 by_row = [score_at(model, rows, m, block, noise)[0] for m in steps]
             ce = [values.mean() for values in by_row]
             errors = [standard_error(values) or 0 for values in by_row]
-            own = [m > 0 and exit_of(m, model) == block for m in steps]
             colour = f"C{index if len(runs) > 1 else block}"
             axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
-            points = [point for point, mine in zip(zip(steps, ce, errors), own) if mine]
-            if points:
-                m, mean, error = zip(*points)
-                axes.errorbar(m, mean, error, color=colour, marker="os^Dv"[block % 5], capsize=3,
-                              label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
+            own = [(m, mean, error) for m, mean, error in zip(steps, ce, errors)
+                   if m > 0 and exit_of(m, model) == block]  # fmt: skip
+            axes.errorbar(*zip(*own), color=colour, marker="os^Dv"[block % 5], capsize=3,
+                          label=f"{run.name}, exit {block}" if model.blocks > 1 else run.name)
     axes.set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per token")
     axes.set_title(f"{PLOT_ROWS} validation rows, bars: standard error over them; solid where the "
                    "exit owns m",
@@ -1431,31 +1428,26 @@ def write_text(run, device, args):
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else [str(argument) for argument in argv])
     if args.command == "compare":
-        compare([Run.named(name) for name in args.runs])
-        return 0
+        return compare([Run.named(name) for name in args.runs])
     if args.command == "plot":
         runs = [Run.named(name) for name in args.runs or [None]]
-        plot(runs, user_path(args.to or runs[0].folder), pick_device(args.device))
-        return 0
+        return plot(runs, user_path(args.to or runs[0].folder), pick_device(args.device))
     keep_freed_memory()
     run = Run.named(args.run)
     if args.command == "export":
-        export(run, args.target, args.precision, args.exit_k)
-        return 0
-    device, target = pick_device(args.device), getattr(args, "json", None)
-    if target:
-        check_target(user_path(target))
+        return export(run, args.target, args.precision, args.exit_k)
+    device = pick_device(args.device)
+    if args.command == "sample":
+        return write_text(run, device, args)
+    path = user_path(args.json) if args.json else None
+    if path:
+        check_target(path)
     if args.command == "report":
-        name = f"eval_{args.precision}.json" if args.precision else "eval.json"
-        path = user_path(target or run.folder / name)
         report(run, run.load(args.precision, device), args.full, args.precision, path)
-    elif args.command == "sample":
-        write_text(run, device, args)
     else:
-        path = user_path(target or run.folder / "precision.json")
+        path = path or run.folder / "precision.json"
         write_json(path, precision_table(run, device, args.full))
         print(f"\nwritten to {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import QuantLinear
+from quant import QuantLinear, dense
 
 
 class LoRALinear(nn.Module):
@@ -27,8 +27,6 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank {rank}: an adapter needs at least 1")
         self.base = base.requires_grad_(False)
         self.rank, self.scale = rank, alpha / rank
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -39,8 +37,6 @@ class LoRALinear(nn.Module):
 
     def add(self, exit_k, generator=None):
         """Give `exit_k` an adapter, fp32; A is drawn on the CPU, the same for every device."""
-        if str(exit_k) in self.lora_A:
-            raise ValueError(f"exit {exit_k} has an adapter here already")
         device = next(t for t in (*self.base.parameters(), *self.base.buffers())).device
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
@@ -66,11 +62,6 @@ class LoRALinear(nn.Module):
         return out + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
 
 
-def _replace(model, name, module):
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def add_adapters(model, exit_k, layers, rank, alpha, dropout=0.0, seed=0):
     """Put an adapter for `exit_k` on every linear of some layers (their numbers).
 
@@ -78,17 +69,12 @@ def add_adapters(model, exit_k, layers, rank, alpha, dropout=0.0, seed=0):
     """
     generator = torch.Generator().manual_seed(seed * 1000 + exit_k)
     for i in layers:
-        linears = {}
-        for name, module in model.h[i].named_modules():
+        for name, module in [*model.h[i].named_modules()]:
+            if isinstance(module, (nn.Linear, QuantLinear)) and not name.endswith(".base"):
+                module = LoRALinear(module, rank, alpha, dropout).train(model.training)
+                model.h[i].set_submodule(name, module)
             if isinstance(module, LoRALinear):
-                linears[name] = module
-            elif isinstance(module, (nn.Linear, QuantLinear)) and not name.endswith(".base"):
-                linears[name] = LoRALinear(module, rank, alpha, dropout).train(model.training)
-        for name, linear in linears.items():
-            if (linear.rank, linear.scale) != (rank, alpha / rank):
-                raise ValueError(f"h.{i}.{name}: has adapters of another rank or alpha")
-            linear.add(exit_k, generator)
-            _replace(model.h[i], name, linear)
+                module.add(exit_k, generator)
 
 
 def adapter_parameters(model, exit_k):
@@ -97,27 +83,19 @@ def adapter_parameters(model, exit_k):
     return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
 
 
-def merge(model, exit, kind=None):
-    """A copy of `model` for reading `exit`, in which W + (alpha / rank) B A is one matrix.
+def merge(model, exit):
+    """A copy of `model` for reading `exit`, in which W + (alpha / rank) B A is one dense matrix.
 
-    kind None: a dense nn.Linear; else the sum is quantized to `kind`, which rounds the correction
-    away where it is smaller than the quantizer's step, so outputs change. Layers without an
-    adapter for `exit` become their base, unchanged. Never a side effect of eval().
+    Layers without an adapter for `exit` become their base, unchanged. Never a side effect of
+    eval().
     """
     merged = copy.deepcopy(model)
-    for name, module in list(merged.named_modules()):
-        if not isinstance(module, LoRALinear):
-            continue
-        linear, delta = module.base, module.delta(exit)
-        if delta is not None:
-            quantized = isinstance(linear, QuantLinear)
-            weight = (linear.dequantize(delta.dtype) if quantized else linear.weight) + delta
-            bias = linear.bias
-            linear = nn.utils.skip_init(nn.Linear, module.in_features, module.out_features,
-                                        bias=bias is not None, device=weight.device)
-            linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-            linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-            if kind is not None:
-                linear = QuantLinear.from_linear(linear, kind)
-        _replace(merged, name, linear)
+    for name, module in [*merged.named_modules()]:
+        if isinstance(module, LoRALinear):
+            linear, delta = module.base, module.delta(exit)
+            if delta is not None:
+                quantized = isinstance(linear, QuantLinear)
+                weight = (linear.dequantize() if quantized else linear.weight) + delta
+                linear = dense(weight, linear.bias)
+            merged.set_submodule(name, linear)
     return merged

@@ -159,11 +159,6 @@ class GPT(nn.Module):
         row = self.wte.weight[self.config.mask_id].detach()
         self.mask_row = nn.Parameter(row.float().clone())
 
-    def layers_of(self, block):
-        """The layers that make up one block: a list of `Layer`."""
-        size = self.config.block_size
-        return list(self.h[block * size : (block + 1) * size])
-
     def block_parameters(self, block):
         """{name: parameter} of a block: its layers, its exit norm, at block 0 the embeddings.
 

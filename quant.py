@@ -59,10 +59,6 @@ class QuantTensor:
         """Bytes held: codes, scales and the padding of the last group in each row."""
         return sum(t.nbytes for t in self.tensors.values())
 
-    @property
-    def bits_per_weight(self):
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
-
     def dequantize(self, dtype=torch.float32):
         """The dense weight (out, in) in `dtype`; read only, as it may be the storage itself."""
         if self.kind in ("fp32", "fp16"):
@@ -218,11 +214,6 @@ class QuantLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return QuantTensor(self.kind, shape, self.group_size, tensors)
 
-    @property
-    def nbytes(self):
-        """Bytes of the stored weight: codes and scales, without the bias."""
-        return self.weight.nbytes
-
     def dequantize(self, dtype=torch.float32):
         return self.weight.dequantize(dtype)
 
@@ -231,23 +222,25 @@ class QuantLinear(nn.Module):
         return _Product.apply(x, self.weight, self.bias, product_dtype(x))
 
 
-def convert_(module, kind, group_size=64):
-    """Freeze `module` in place and store every nn.Linear inside it as `kind`.
+def dense(weight, bias):
+    """A frozen nn.Linear that holds these tensors."""
+    linear = nn.Linear(*reversed(weight.shape), device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
 
-    LayerNorms and biases stay fp32. All layers are quantized before the first is replaced, so a
-    ValueError, which names the layer, leaves the module as it was. Returns the module.
+
+def convert_(module, kind):
+    """Freeze `module` in place and store every nn.Linear inside it as `kind`. Returns the module.
+
+    LayerNorms and biases stay fp32. ValueError names the layer that cannot be stored.
     """
-    converted = []
-    for parent_name, parent in module.named_modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                try:
-                    layer = QuantLinear.from_linear(child, kind, group_size)
-                except ValueError as error:
-                    raise ValueError(f"{parent_name}.{name}: {error}".lstrip(".")) from None
-                converted.append((parent, name, layer))
-    for parent, name, layer in converted:
-        setattr(parent, name, layer)
+    for name, child in [*module.named_modules()]:
+        if isinstance(child, nn.Linear):
+            try:
+                module.set_submodule(name, QuantLinear.from_linear(child, kind))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     return module.requires_grad_(False)
 
 
@@ -257,7 +250,8 @@ def freeze_block(model, block, kind):
     With block 0 the embeddings go too: fp16, or fp32 where `kind` is fp32. UserError where weights
     are too large for `kind`.
     """
-    for layer in model.layers_of(block):
+    size = model.config.block_size
+    for layer in model.h[block * size : (block + 1) * size]:
         try:
             convert_(layer, kind).eval()
         except ValueError as error:

@@ -25,7 +25,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -105,7 +104,7 @@ def learning_rate_share(step, stage, training):
     warmup = min(training.warmup_steps, stage.steps // 2)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, stage.steps - warmup)
+    progress = (step - warmup) / (stage.steps - warmup)
     low = training.lr_min_share
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -418,8 +417,6 @@ class Trainer:
 
     def asked_to_stop(self):
         """Whether a signal has reached this process or another: all stop at the same step."""
-        if not dist.is_initialized():
-            return self.stopping
         return bool(gathered(torch.tensor([int(self.stopping)])).any())
 
     # -----------------------------------------------------------------------------------------
@@ -441,7 +438,7 @@ class Trainer:
             optimizer = begin_stage(model, stage, training)
             load_optimizer(optimizer, model, optimizer_state)
             memory_mib(self.device, reset=True)
-            say(meaning(stage, self.config, training))
+            say(meaning(stage, training))
             if not self.train_stage(model, optimizer, stage):
                 return False
             figures = self.stage_figures(model, optimizer, stage)
@@ -641,7 +638,7 @@ def matmul_rate(config, dtype, tokens=2048):
     return 2 * x.numel() * len(w) / sorted(times[1:])[2]
 
 
-def meaning(stage, config, training):
+def meaning(stage, training):
     """What a stage does, in words."""
 
     def named(word, numbers):  # block 0, layers 2-3
@@ -656,7 +653,7 @@ def meaning(stage, config, training):
     text = f"stage {stage.block}: {' and '.join(learners)} learn {task}"
     if stage.plain:
         text += " on top of the pretrained layers"
-    elif stage.block and stage.layers[0]:
+    elif stage.layers[0]:
         text += f" on top of {named('block', range(stage.block))}"
     else:
         return text
@@ -753,15 +750,18 @@ def open_run(folder, config, digest, resume, overwrite):
     lock = Run.lock(folder)
     for path in [*folder.glob(".*.*.tmp"), *folder.glob("backup/.*.*.tmp")]:
         path.unlink()  # left by a process that was killed while it wrote
-    begun = (folder / "config.json").exists()
-    if not Run.has_checkpoint(folder) and not (begun and overwrite):  # nothing of ours to lose
-        if begun:
-            Run(folder)  # UserError: it is not ours
-        if resume:
-            say(f"run {folder.name} has no checkpoint to resume from; it starts at the beginning")
-        return Run.start(folder, config, digest), lock
-    if not overwrite:  # else it is moved aside, damaged or not
-        run = Run(folder)
+    begun, saved = (folder / "config.json").exists(), Run.has_checkpoint(folder)
+    if overwrite and (begun or saved):  # damaged or not
+        lock.close()
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        say(f"the earlier run is now {aside}")
+        lock, begun, saved = Run.lock(folder), False, False
+    if begun or saved:
+        run = Run(folder)  # UserError: it is damaged, or not ours
+    if saved:
         state = run.state()
         if resume:
             check_same_run(run, config, digest)
@@ -771,13 +771,9 @@ def open_run(folder, config, digest, resume, overwrite):
                if state.finished else f"exists; continue it with --resume {run}")
         raise UserError(f"run {run.name} {how}, train it anew with --overwrite (the old run is "
                         f"moved aside), or choose training.run_id=NAME")
-    lock.close()
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    say(f"the earlier run is now {aside}")
-    return open_run(folder, config, digest, resume, overwrite)
+    if resume:
+        say(f"run {folder.name} has no checkpoint to resume from; it starts at the beginning")
+    return Run.start(folder, config, digest), lock  # nothing that was saved is lost
 
 
 def check_same_run(run, config, digest):
@@ -836,10 +832,8 @@ def main(argv=None):
         if config.model.init_from != "scratch":
             source, cache = config.model.init_from, config.data.folder
             _, pretrained = read_pretrained(source, config.model, cache)
-    val_rows = validation_rows(val_tokens, config.model.seq_len, training.eval_rows)
-    batch_of(tokens, config.model, training, stages[0], 0)  # UserError if the text is too short
-
-    with process_0_first():
+        val_rows = validation_rows(val_tokens, config.model.seq_len, training.eval_rows)
+        batch_of(tokens, config.model, training, stages[0], 0)  # UserError: the text is too short
         run, lock = open_run(folder, config, digest, args.resume is not None, args.overwrite)
         run.config = config  # with what --resume may change
         model, state, optimizer_state = run.resume(device)

@@ -802,8 +802,11 @@ def test_precision_puts_every_storage_side_by_side(run, tmp_path, capsys):
 
 def test_a_config_edited_by_hand_is_not_believed(run, capsys):
     for section, key, value in (("model", "n_heads", 4), ("training", "qlora_alpha", 1600.0),
-                                ("training", "seed", 5)):  # fmt: skip
-        before = run.config.tree()[section][key]
+                                ("training", "seed", 5),
+                                ("training", "time_step_mask_fractions", [0.3, 0.6, 0.8, 1.0]),
+                                ("training", "block_mask_ranges",
+                                 [[0.7, 1.0], [0.4, 0.7], [0.0, 0.4]])):
+        before = json.loads(json.dumps(run.config.tree()[section][key]))
         set_config(run, section, **{key: value})
         for command in ("report", "sample"):
             fails(e.main, [command], capsys, "config.json has been changed",

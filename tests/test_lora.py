@@ -111,13 +111,6 @@ def test_the_layers_are_those_that_are_named():
     lora.add_adapters(model, 1, [0], 4, 8)  # layer 0 has adapters for exit 1 alone
     lora.add_adapters(model, 10, [0], 4, 8)
     assert len(lora.adapter_parameters(model, 1)) == len(lora.adapter_parameters(model, 0)) / 2 == 8
-    with pytest.raises(ValueError, match="exit 0 has an adapter"):
-        lora.add_adapters(model, 0, [1], 4, 8)
-    for rank, alpha in ((2, 4), (4, 16)):
-        with pytest.raises(ValueError, match=r"h\.1\.attn\.c_attn: has adapters of another rank"):
-            lora.add_adapters(model, 2, [1], rank, alpha)
-    with pytest.raises(ValueError, match="rank 0"):
-        lora.LoRALinear(nn.Linear(2, 2), 0, 1)
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -193,20 +186,6 @@ def test_merge_equals_the_adapters(kind):
     assert all(torch.equal(state[name], after[name]) for name in state)  # a copy, no side effect
     model.train().eval()
     assert any(isinstance(m, lora.LoRALinear) for m in model.modules())
-
-
-def test_merging_into_a_low_bit_kind_moves_the_outputs_by_a_known_amount():
-    """Relative change of exit 2's output. Over 8 seeds of the adapters, base int4: fp32 4.9e-7 +-
-    3e-8, fp16 4.5e-4 +- 6e-5, int4 0.080 +- 0.008 (on the grid the base had already), nf4 0.246
-    +- 0.026 (on another)."""
-    model = adapted("int4", [2])
-    expected = read(model)[2]
-    bounds = {"fp32": (0, 1e-6), "fp16": (1e-4, 8e-4), "int4": (0.04, 0.12), "nf4": (0.12, 0.37)}
-    for kind, (least, most) in bounds.items():
-        merged = lora.merge(model, 2, kind)
-        assert merged.h[3].mlp.c_proj.kind == kind
-        change = (read(merged)[2] - expected).norm() / expected.norm()
-        assert least <= change <= most, kind
 
 
 def test_adapters_are_parameters_and_nothing_else():
