@@ -758,7 +758,8 @@ def load_tokens(config, vocab_size):
     try:
         found = {split: read_tensors(path) for split, path in paths.items() if path.exists()}
     except UserError as error:
-        raise UserError(f"{error}: delete it, it is made again") from None
+        damage = str(error).partition("; README")[0]
+        raise UserError(f"{damage}: delete it, it is made again") from None
     fit = [(made_from | {"split": split}).items() <= facts.items()
            for split, (_, facts, _) in found.items()]  # fmt: skip
     if fit == [True, True]:

@@ -60,6 +60,7 @@ from model import (GPT, autocast, block_of, compute_type, confident_step, corrup
 ROWS = 100  # validation rows scored by default
 DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
+WINDOW = 4  # tokens that are written together by confidence, unless another number is given
 PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over mask fraction
 MIB = 2**20
 
@@ -800,8 +801,6 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
     return x, layers
 
 
-WINDOW = 4  # tokens that `sample` writes together by confidence
-
 # Colours of the 256-colour cube, from red to blue.
 RAMP = (196, 202, 208, 214, 220, 190, 118, 48, 51, 45, 33, 63)
 
@@ -939,7 +938,7 @@ def report(run, model, full=False, precision=None, path=None, say=print):
         model: from `run.load`; full: score every validation row instead of ROWS of them.
 
     Returns:
-        the figures (its keys are listed in README.md, section Monitoring).
+        the figures, as eval.json holds them.
     """
     config, training = run.config.model, run.config.training
     train, val = run.tokens()
@@ -1228,7 +1227,7 @@ def plot_cross_entropy(axes, runs, device):
         for block in range(model.blocks):
             with autocast(device, dtype):
                 by_row = [score_at(model, rows, m, block, noise)[0] for m in steps]
-            ce = [values.mean() for values in by_row]
+            ce = [values.mean().item() for values in by_row]
             errors = [standard_error(values) or 0 for values in by_row]
             colour = f"C{index if len(runs) > 1 else block}"
             axes.plot(steps, ce, color=colour, linestyle=(0, (4, 1 + block)), linewidth=1)
