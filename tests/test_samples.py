@@ -1,4 +1,4 @@
-"""tests/samples.py: the figures of a text by hand, the table of a toy run, its mistakes."""
+"""tests/samples.py (a text by hand, a toy run, mistakes) and tests/exits.py."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ from evaluate_gpt2 import Run, left_to_right
 from test_model import toy_model
 
 sys.path.insert(0, str(ROOT / "tests"))
+import exits
 import samples
 
 
@@ -77,3 +78,19 @@ def test_mistakes_end_in_one_line(run, monkeypatch, capsys):
     monkeypatch.setattr(Run, "_check_config", lambda *_: None)
     path.write_text(json.dumps(tree))
     fails(samples.main, ["toy", "--judge", "toy"], capsys, "toy cannot judge", "causal")
+
+
+def test_every_exit_on_every_band(run, monkeypatch, capsys):
+    """The owner's figures are those of the evaluation; the others' differences are theirs to it."""
+    monkeypatch.setattr(exits, "ROWS", 8)
+    bands = exits.bands(run, torch.device("cpu"))
+    steps = run.evaluation()["time_steps"]
+    for owner, ce in bands.items():
+        expected = [step["cross_entropy"] for step in steps if step["block"] == owner]
+        assert ce[owner].mean(1).tolist() == pytest.approx(expected, abs=1e-12)
+    assert sorted(bands) == [0, 1, 2] and bands[0].shape == (3, 4, 8)
+    assert exits.main(["toy"]) == 0
+    difference = (bands[1][2] - bands[1][1]).mean(0)
+    text = f"{difference.mean():+.3f} +- {difference.std() / 8 ** 0.5:.3f}"
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.split()[0] == "1" and text in line and "owner" in line
