@@ -552,7 +552,7 @@ def test_the_last_lines_are_commands_that_work(toy, no_report, monkeypatch, caps
     for changes in ({}, {"training__folder": toy.folder / "my runs", "training__run_id": "a b"}):
         assert train.main(toy(**changes)) == 0
         lines = capsys.readouterr().out.split("\n")
-        lines = [shlex.split(line, comments=True) for line in lines if line.startswith("  python ")]
+        lines = [shlex.split(line) for line in lines if line.startswith("    python ")]
         scripts = [words[1] for words in lines]
         assert scripts == ["evaluate_gpt2.py"] * 2 + ["train_gpt2_fusion.py", "evaluate_gpt2.py"]
         folder = str(changes.get("training__folder", toy.folder.parent))
@@ -568,7 +568,7 @@ def test_the_last_lines_are_commands_that_work(toy, no_report, monkeypatch, caps
         assert work[1] == pytest.approx(work[0], rel=0.1)  # to the nearest of 7 steps
         assert runs[1].config.training.mode == "standard"
         printed = capsys.readouterr().out  # of the control: no control of its own
-        assert printed.count("\n  python ") == 2
+        assert printed.count("\n    python ") == 2
 
 
 # --- killed and resumed ----------------------------------------------------------------------
