@@ -27,6 +27,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank}: an adapter needs at least 1")
         self.base = base.requires_grad_(False)
         self.rank, self.scale = rank, alpha / rank
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -37,6 +39,8 @@ class LoRALinear(nn.Module):
 
     def add(self, exit_k, generator=None):
         """Give `exit_k` an adapter, fp32; A is drawn on the CPU, the same for every device."""
+        if str(exit_k) in self.lora_A:
+            raise ValueError(f"exit {exit_k} has an adapter here already")
         device = next(t for t in (*self.base.parameters(), *self.base.buffers())).device
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5)
         A = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
@@ -74,6 +78,8 @@ def add_adapters(model, exit_k, layers, rank, alpha, dropout=0.0, seed=0):
                 module = LoRALinear(module, rank, alpha, dropout).train(model.training)
                 model.h[i].set_submodule(name, module)
             if isinstance(module, LoRALinear):
+                if (module.rank, module.scale) != (rank, alpha / rank):
+                    raise ValueError(f"h.{i}.{name}: has adapters of another rank or alpha")
                 module.add(exit_k, generator)
 
 

@@ -233,14 +233,18 @@ def dense(weight, bias):
 def convert_(module, kind):
     """Freeze `module` in place and store every nn.Linear inside it as `kind`. Returns the module.
 
-    LayerNorms and biases stay fp32. ValueError names the layer that cannot be stored.
+    LayerNorms and biases stay fp32. ValueError names a layer that cannot be stored, and leaves the
+    module as it was.
     """
-    for name, child in [*module.named_modules()]:
+    stored = {}
+    for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
             try:
-                module.set_submodule(name, QuantLinear.from_linear(child, kind))
+                stored[name] = QuantLinear.from_linear(child, kind)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+    for name, layer in stored.items():
+        module.set_submodule(name, layer)
     return module.requires_grad_(False)
 
 

@@ -111,6 +111,13 @@ def test_the_layers_are_those_that_are_named():
     lora.add_adapters(model, 1, [0], 4, 8)  # layer 0 has adapters for exit 1 alone
     lora.add_adapters(model, 10, [0], 4, 8)
     assert len(lora.adapter_parameters(model, 1)) == len(lora.adapter_parameters(model, 0)) / 2 == 8
+    with pytest.raises(ValueError, match="exit 0 has an adapter"):
+        lora.add_adapters(model, 0, [1], 4, 8)
+    for rank, alpha in ((2, 4), (4, 16)):
+        with pytest.raises(ValueError, match=r"h\.1\.attn\.c_attn: has adapters of another rank"):
+            lora.add_adapters(model, 2, [1], rank, alpha)
+    with pytest.raises(ValueError, match="rank 0"):
+        lora.LoRALinear(nn.Linear(2, 2), 0, 1)
 
 
 @pytest.mark.parametrize("kind", STORED)
