@@ -7,14 +7,13 @@ bits this is QLoRA (arXiv 2305.14314, equation 5). Adapters k belong to exit k: 
 with block k and act only while exit k is read, so that no later stage changes an earlier exit.
 """
 
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant import QuantLinear, dense
+from quant import QuantLinear, dense, expand
 
 
 class LoRALinear(nn.Module):
@@ -22,7 +21,7 @@ class LoRALinear(nn.Module):
 
     base: nn.Linear or QuantLinear, frozen here; rank; alpha: the correction is scaled by
     alpha / rank; dropout: on the adapter's input. `active_exit` says whose adapters act;
-    `GPT.hidden` sets it. Where that exit has none, the output is base(x), bit for bit.
+    `GPT.choose_adapters` sets it. Where that exit has none, the output is base(x), bit for bit.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0):
@@ -89,19 +88,13 @@ def adapter_parameters(model, exit_k):
     return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
 
 
-def merge(model, exit):
-    """A copy of `model` for reading `exit`, in which W + (alpha / rank) B A is one dense matrix.
-
-    Layers without an adapter for `exit` become their base, unchanged. Never a side effect of
-    eval().
-    """
-    merged = copy.deepcopy(model)
+def merge(model, exit_k):
+    """A plain copy of `model` for reading `exit_k`, every linear dense in fp32: W, and where that
+    exit has an adapter W + (alpha / rank) B A. Never a side effect of eval()."""
+    merged = expand(model)
     for name, module in [*merged.named_modules()]:
         if isinstance(module, LoRALinear):
-            linear, delta = module.base, module.delta(exit)
-            if delta is not None:
-                quantized = isinstance(linear, QuantLinear)
-                weight = (linear.dequantize() if quantized else linear.weight) + delta
-                linear = dense(weight, linear.bias)
-            merged.set_submodule(name, linear)
+            delta = module.delta(exit_k)
+            weight = module.base.weight if delta is None else module.base.weight + delta
+            merged.set_submodule(name, dense(weight, module.base.bias))
     return merged

@@ -1,12 +1,13 @@
-"""GPT-2 as a mask-diffusion model: the network, the masking schedule, the loss, one reverse step.
+"""GPT-2 as a mask-diffusion model: the network, the masking, the loss, the way back to text.
 
-Read from top to bottom (`ModelConfig`, the sizes, stands in data_loader.py):
+Read from top to bottom:
 
-1. `Attention`, `MLP`, `Layer`, `GPT`   the network of Radford et al. 2019, with one exit per block
-2. `block_of`, `time_steps_of`, `corrupt`   the forward process q(x_t | x_0, m)
-3. `token_weights`, `diffusion_loss`        the objective; `tied_cross_entropy` makes it fast
-4. `sample_tokens`, `reverse_step`, `confident_step`   the reverse process p(x_s | x_t)
-5. `read_pretrained`, `fetch_gpt2`          GPT-2 weights in and out
+1. `Attention`, `MLP`, `Layer`, `GPT`      the network of Radford et al. 2019, one exit per block
+2. `stratified`, `corrupt`                 the forward process q(x_t | x_0, m)
+3. `token_weights`, `diffusion_loss`, `score`   the objective; `tied_cross_entropy` makes it fast
+4. `reverse_step`, `confident_step`, `sample`   the reverse process p(x_s | x_t)
+5. `read_pretrained`, `fetch_gpt2`         GPT-2 weights in (out: `GPT.save_pretrained`)
+6. `pick_device`, `compute_type`           where and in which type products run
 
 Letters in the shape comments: B rows, T positions (seq_len at most), d = d_model, V = rows of the
 embedding (vocab_size + 1 rounded up to a multiple of 64), N = any number of scored positions.
@@ -16,20 +17,20 @@ arXiv 2406.04329); keeping GPT-2's shift follows Gong et al. 2024 (DiffuGPT, arX
 """
 
 import contextlib
-import http.client
+import functools
+import itertools
 import json
 import math
-import os
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data_loader import (DTYPES, ModelConfig, UserError, read_tensors, write_json,
-                         write_tensors)
+from data_loader import UserError, load_config, read_tensors, write_json, write_tensors
 
 # ---------------------------------------------------------------------------------------------
 # 1. The network
@@ -102,7 +103,7 @@ class GPT(nn.Module):
     """GPT-2 with an exit after every block.
 
     Args:
-        config: ModelConfig.
+        config: Config.
         blocks: how many blocks to build now (None: all). Training begins with none and calls
             `grow()` at each stage, so that blocks not yet reached are not in memory.
     """
@@ -110,8 +111,7 @@ class GPT(nn.Module):
     def __init__(self, config, blocks=None):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = "none"
-        self.head_weight = None  # wte in the compute type, where evaluation has converted it once
+        self.head_weight = None  # wte in the compute type, where quant.expand has converted it once
         self.wte = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.seq_len, config.d_model)
         self.mask_row = None  # see `add_mask_row`
@@ -174,41 +174,55 @@ class GPT(nn.Module):
             if name.startswith(tuple(prefixes)) and "lora_" not in name
         }
 
-    def hidden(self, idx, block=None):
+    def exit_or_last(self, exit_k):
+        """`exit_k`, or the last exit built for None. UserError if it does not exist."""
+        exit_k = self.blocks - 1 if exit_k is None else exit_k
+        if not 0 <= exit_k < self.blocks:
+            raise UserError(f"exit {exit_k} does not exist; there are 0 to {self.blocks - 1}")
+        return exit_k
+
+    def choose_adapters(self, exit_k):
+        """Let the adapters of exit `exit_k` act, and no others (`LoRALinear.forward`).
+
+        The choice holds until the next one, and a layer that is recomputed in the backward pass
+        reads it again. So a loss over two exits at once would go wrong here: each exit needs its
+        own forward and backward pass.
+        """
+        for module in self.modules():
+            if hasattr(module, "active_exit"):
+                module.active_exit = exit_k
+
+    def hidden(self, idx, exit_k=None):
         """Hidden states read at an exit.
 
         Args:
             idx: token ids, (B, T), T <= seq_len.
-            block: the exit to read (None: the last block built). Only layers up to that block run.
+            exit_k: the exit to read (None: the last one). Only the layers up to its block run.
 
         Returns:
             (B, T, d); position i-1 holds the prediction of token i (GPT-2's shift).
         """
-        block = self.blocks - 1 if block is None else block
-        if not 0 <= block < self.blocks:
-            raise ValueError(f"exit {block} does not exist; {self.blocks} blocks are built")
+        exit_k = self.exit_or_last(exit_k)
         if idx.size(1) > self.config.seq_len:
-            raise ValueError(f"{idx.size(1)} positions, but seq_len is {self.config.seq_len}")
-        for module in self.modules():
-            if hasattr(module, "active_exit"):  # adapters act only when their own exit is read
-                module.active_exit = block
+            raise UserError(f"{idx.size(1)} positions, but seq_len is {self.config.seq_len}")
+        self.choose_adapters(exit_k)
         # Frozen embeddings may be stored in fp16; the residual stream is fp32 all the same.
         x = F.embedding(idx, self.wte.weight).float()  # (B, T, d)
         if self.mask_row is not None:
             x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
         x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
-        for layer in self.h[: (block + 1) * self.config.block_size]:
+        for layer in self.h[: (exit_k + 1) * self.config.block_size]:
             if torch.is_grad_enabled() and self.recomputes(layer):
                 x = checkpoint(layer, x, use_reentrant=False)  # (B, T, d)
             else:
                 x = layer(x)  # (B, T, d)
-        return self.exit_norms[block](x)  # (B, T, d)
+        return self.exit_norms[exit_k](x)  # (B, T, d)
 
     def recomputes(self, layer):
         """Whether the backward pass computes a layer's activations anew instead of keeping them."""
         frozen = not layer.ln_1.weight.requires_grad  # under adapters; without any, none are kept
-        return self.gradient_checkpointing == "all" or (
-            self.gradient_checkpointing == "frozen" and frozen)  # fmt: skip
+        mode = self.config.gradient_checkpointing
+        return mode == "all" or (mode == "frozen" and frozen)
 
     def head(self, hidden):
         """Logits of hidden states through the tied head: (..., d) -> (..., V).
@@ -225,60 +239,33 @@ class GPT(nn.Module):
         """The embedding as the head's matrix, (V, d)."""
         return self.wte.weight if self.head_weight is None else self.head_weight
 
-    def forward(self, idx, block=None):
-        """Logits (B, T, V) of token ids (B, T), read at exit `block` (None: the last)."""
-        return self.head(self.hidden(idx, block))
+    def forward(self, idx, exit_k=None):
+        """Logits (B, T, V) of token ids (B, T), read at exit `exit_k` (None: the last)."""
+        return self.head(self.hidden(idx, exit_k))
 
     @classmethod
-    def from_pretrained(cls, path, config=None, cache="data"):
-        """A GPT with the weights of `path`; arguments, result and errors as in `read_pretrained`.
-
-        config None: one block that owns every layer and every mask fraction.
-        """
-        config, tensors = read_pretrained(path, config, cache)
-        model = cls(config)
-        for block in range(config.total_blocks):
-            model.fill_from(tensors, block)
+    def from_pretrained(cls, folder):
+        """A GPT with the weights of a folder in Hugging Face's GPT-2 layout, as one block that owns
+        every layer and every mask fraction."""
+        model = cls(load_config().replace(mode="standard", **read_sizes(folder)))
+        model.load_state_dict(read_pretrained(folder, model.config))
         return model
 
-    @torch.no_grad()
-    def fill_from(self, tensors, block):
-        """Fill a new block with the tensors of `read_pretrained`.
-
-        Its exit norm starts as GPT-2's final norm; at block 0 the embeddings are filled too. The
-        rows that GPT-2 does not have, [MASK] and padding, start as the mean of the text's rows.
-        """
-        n_text = self.config.vocab_size
-        for name, parameter in self.block_parameters(block).items():
-            if name == "wte.weight":
-                parameter[:n_text] = tensors[name]
-                parameter[n_text:] = parameter[:n_text].mean(0)
-            else:
-                parameter.copy_(tensors[name.replace(f"exit_norms.{block}.", "ln_f.")])
-
-    def save_pretrained(self, path, exit_k=None, dtype=torch.float32):
+    def save_pretrained(self, folder, exit_k=None, dtype=torch.float32):
         """Write exit `exit_k` (None: the last built) as a GPT-2 in Hugging Face's layout.
 
-        Makes path/config.json and path/model.safetensors: the layers up to the exit, quantized ones
-        dequantized, its norm as ln_f, and the text's rows of the embedding. The layout has no place
-        for earlier exits, [MASK] or bidirectional attention. dtype: fp32, fp16 or bf16.
+        Makes folder/config.json and folder/model.safetensors: the layers up to the exit, its norm
+        as ln_f, and the text's rows of the embedding. The layout has no place for earlier exits,
+        [MASK] or bidirectional attention. The model must be plain: `lora.merge` makes one.
 
-        UserError for adapters that are not merged, attention that is not causal, and weights that
-        are not finite in `dtype`.
+        UserError for attention that is not causal, and weights that are not finite in `dtype`.
         """
-        config, exit_k = self.config, self.blocks - 1 if exit_k is None else exit_k
-        if not 0 <= exit_k < self.blocks:
-            raise UserError(f"exit {exit_k} does not exist; {self.blocks} blocks are built")
-        if any(hasattr(module, "active_exit") for module in self.modules()):
-            raise UserError("merge the adapters first: lora.merge(model, exit).save_pretrained()")
+        config, exit_k = self.config, self.exit_or_last(exit_k)
         if config.attention_mode != "causal":
             raise UserError(f"this layout is for causal attention, not {config.attention_mode}")
-        n_layers, tensors = (exit_k + 1) * config.block_size, {}
+        n_layers, ours, tensors = (exit_k + 1) * config.block_size, self.state_dict(), {}
         for name, shape in pretrained_shapes(config, n_layers).items():
-            where, _, part = name.rpartition(".")
-            module = self.exit_norms[exit_k] if where == "ln_f" else self.get_submodule(where)
-            quantized = part == "weight" and hasattr(module, "dequantize")
-            tensor = module.dequantize() if quantized else getattr(module, part).detach()
+            tensor = ours[name.replace("ln_f.", f"exit_norms.{exit_k}.")]
             tensor = (tensor.t() if name.startswith("h.") else tensor[: shape[0]]).to(dtype)
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{name} has values that are not finite in {dtype}")
@@ -288,57 +275,12 @@ class GPT(nn.Module):
         description["architectures"] = ["GPT2LMHeadModel"]
         description |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         description |= dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1)
-        folder = Path(path)
-        write_tensors(folder / "model.safetensors", tensors, sealed=False)
-        write_json(folder / "config.json", description)
-
-
-def compute_type(device, name="auto"):
-    """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
-
-    auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA and fp32 elsewhere (a
-    CPU without bf16 units emulates it, slower than fp32).
-    """
-    if name == "auto" and device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if native else "fp16"
-    elif name == "auto":
-        units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-        name = "bf16" if native else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device, dtype):
-    """Context in which torch runs matrix products in `dtype`."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
-
-
-def product_dtype(x):
-    """The type in which a matrix product of `x` runs: autocast's where it is on, else x's own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+        write_tensors(Path(folder) / "model.safetensors", tensors, sealed=False)
+        write_json(Path(folder) / "config.json", description)
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. The forward process: masking
-
-
-def block_of(mask_fraction, config):
-    """The block whose band (low, high] holds `mask_fraction`; each m in (0, 1] has exactly one."""
-    for block, (low, high) in enumerate(config.block_mask_ranges):
-        if low < mask_fraction <= high:
-            return block
-    raise ValueError(f"mask fraction {mask_fraction} is outside (0, 1]")
-
-
-def time_steps_of(block, config):
-    """The time steps (mask fractions) that fall into a block's band, ascending."""
-    low, high = config.block_mask_ranges[block]
-    return tuple(m for m in config.time_step_mask_fractions if low < m <= high)
 
 
 def stratified(time_steps, n_rows, offset):
@@ -404,11 +346,12 @@ def token_weights(mask, mask_fraction, causal):
     return mask[:, 1:] / (mask_fraction[:, None] * n)
 
 
-def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
-    """The stage loss: mean over rows of the estimate of CE(m), read at exit `block`.
+def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None):
+    """The stage loss: mean over rows of the estimate of CE(m), read at exit `exit_k`.
 
     A plain mean: the weights m_i - m_(i-1) of the bound are left to the evaluation. Every time step
-    of the stage counts alike, also the lightly masked ones, which teach most.
+    of the stage counts alike, also the lightly masked ones, which teach most. Products run in
+    config.compute_type.
 
     Args:
         x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
@@ -420,13 +363,44 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, block, rows=None):
         share of scored tokens that were predicted right, (B,), where no gradient is wanted.
     """
     causal = model.config.attention_mode == "causal"
-    hidden = model.hidden(x_t, block)[:, :-1]  # (B, T-1, d): the shift
-    weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
-    scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
-    rows = rows or len(x_0)
-    loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored)
+    with autocast(model):
+        hidden = model.hidden(x_t, exit_k)[:, :-1]  # (B, T-1, d): the shift
+        weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
+        scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
+        rows = rows or len(x_0)
+        loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored)
     n_scored = mask.size(1) - 1 if causal else scored.sum(1).clamp(min=1)  # of each row
     return loss, (ce * weights).sum(1), hit.sum(1) / n_scored
+
+
+def noise_of_rows(n_rows, seq_len, seed, tag=0):
+    """Uniform numbers (n_rows, seq_len), a function of (seed, tag, row) alone."""
+    noise = [np.random.default_rng([seed, tag, row]).random(seq_len) for row in range(n_rows)]
+    return torch.from_numpy(np.stack(noise)).float()
+
+
+@torch.no_grad()
+def score(model, rows, mask_fraction, exit_k, noise, batch_size=1):
+    """Each row's estimate of CE(m) and its accuracy, read at exit `exit_k`: behind every metric.
+
+    One row at a time, unless `batch_size` says otherwise: the shapes of the products, and so the
+    last digits of a row's figures, then never depend on the rows beside it.
+
+    Args:
+        rows: text, (R, T). mask_fraction: m of each row, (R,). noise: (R, T) from U[0, 1).
+
+    Returns:
+        CE estimates (R,) in nats per token, accuracy (R,) in [0, 1]; float64.
+    """
+    device = model.wte.weight.device
+    ce, accuracy = [], []
+    for x_0, m, uniform in zip(*(t.split(batch_size) for t in (rows, mask_fraction, noise))):
+        x_0, m = x_0.to(device), m.to(device)  # (batch_size, T), (batch_size,)
+        x_t, mask = corrupt(x_0, m, uniform.to(device), model.config.mask_id)
+        _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, exit_k)
+        ce.append(by_row)
+        accuracy.append(hit)
+    return torch.cat(ce).cpu().double(), torch.cat(accuracy).cpu().double()
 
 
 # What follows in this section is there for speed and memory; the mathematics is above.
@@ -526,7 +500,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------------------------------------
-# 4. The reverse process: one step
+# 4. The reverse process
 
 
 def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -540,18 +514,10 @@ def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator).squeeze(-1)
     u = torch.rand(len(p), 1, generator=generator, device=p.device)
-    ranked, order = p.topk(min(8192, p.size(-1)))  # a full sort takes four times as long
-    token = _draw_nucleus(ranked, order, top_p, u)
-    short = ranked.sum(-1) < top_p  # rows so flat that they need the full sort
-    if short.any():
-        token[short] = _draw_nucleus(*p[short].sort(-1, descending=True), top_p, u[short])
-    return token
-
-
-def _draw_nucleus(ranked, order, top_p, u):
-    """Tokens (N,) by inverse transform of u (N, 1), of probabilities `ranked` from the largest."""
-    reached = ranked.cumsum(-1)  # (N, V), or fewer columns
+    ranked, order = p.topk(p.size(-1))  # (N, V), the largest first
+    reached = ranked.cumsum(-1)  # (N, V)
     kept = ((reached - ranked < top_p) & (ranked > 0)).sum(-1, keepdim=True)  # (N, 1), at least 1
+    # Inverse transform: the first token at which the sum passes u times the sum of what is kept.
     drawn = torch.searchsorted(reached, u * reached.gather(-1, kept - 1), right=True)  # (N, 1)
     return order.gather(-1, drawn.minimum(kept - 1)).squeeze(-1)
 
@@ -565,12 +531,12 @@ def masks_before(end, x_t, config):
 
 
 @torch.no_grad()
-def reverse_step(model, x_t, m_t, m_s, block, end=None, temperature=1.0, top_p=1.0,
+def reverse_step(model, x_t, m_t, m_s, exit_k, end=None, temperature=1.0, top_p=1.0,
                  generator=None):  # fmt: skip
     """One ancestral step of p(x_s | x_t), from mask fraction m_t down to m_s < m_t.
 
     Each [MASK] stays with probability m_s / m_t and is otherwise replaced by a draw from the
-    model's prediction at exit `block` (MDLM, eq. 7). Which positions are revealed does not depend
+    model's prediction at exit `exit_k` (MDLM, eq. 7). Which positions are revealed does not depend
     on the prediction, so the head runs at those positions only. Revealed tokens never change.
 
     Args:
@@ -585,13 +551,13 @@ def reverse_step(model, x_t, m_t, m_s, block, end=None, temperature=1.0, top_p=1
     reveal = masked & (draw >= m_s / m_t)  # (B, T)
     x_s = x_t.clone()
     if reveal.any():
-        hidden = model.hidden(x_t, block)[:, :-1][reveal[:, 1:]]  # (N, d): the shift
+        hidden = model.hidden(x_t, exit_k)[:, :-1][reveal[:, 1:]]  # (N, d): the shift
         x_s[reveal] = sample_tokens(model.head(hidden), temperature, top_p, generator)
     return x_s
 
 
 @torch.no_grad()
-def confident_step(model, x_t, n_left, block, end=None, temperature=1.0, top_p=1.0,
+def confident_step(model, x_t, n_left, exit_k, end=None, temperature=1.0, top_p=1.0,
                    generator=None):  # fmt: skip
     """One step by confidence (MaskGIT, Chang et al. 2022): the surest predictions are revealed.
 
@@ -609,12 +575,70 @@ def confident_step(model, x_t, n_left, block, end=None, temperature=1.0, top_p=1
     x_s = x_t.clone()
     if (masked.sum(1) == n_left).all():
         return x_s
-    logits = model.head(model.hidden(x_t, block)[:, :-1][masked[:, 1:]]).float()  # (N, V)
+    logits = model.head(model.hidden(x_t, exit_k)[:, :-1][masked[:, 1:]]).float()  # (N, V)
     x_s[masked] = sample_tokens(logits, temperature, top_p, generator)
     drawn = logits.gather(1, x_s[masked][:, None]).squeeze(1) - logits.logsumexp(1)  # log p, (N,)
     surety = torch.full(x_t.shape, torch.inf, device=x_t.device)
     surety[masked] = drawn  # (B, T)
     return x_s.scatter(1, surety.topk(n_left, largest=False).indices, model.config.mask_id)
+
+
+def exit_of(mask_fraction, model):
+    """The exit that owns a mask fraction, or the last one built where that does not exist yet."""
+    return min(model.config.block_of(mask_fraction), model.blocks - 1)
+
+
+@torch.no_grad()
+def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, temperature=1.0,
+           top_p=0.95, seed=0, watch=lambda x: None):  # fmt: skip
+    """Write text at the [MASK]s of `x`, a window of them after another from left to right, each
+    window by the whole reverse process (LLaDA, arXiv 2502.09992, section 2.4).
+
+    Args:
+        x: (B, T) token ids, with [MASK] at the same places in every row, and not at position 0.
+        order: within a window: ancestral (the reverse process of the bound) or confidence (the
+            surest predictions first, as many as the schedule says). left-to-right: windows of one
+            token in one step.
+        window: number of [MASK]s written together (None: all of them, which is plain diffusion).
+        exit_k: the exit to read. None: depth by noise, at each mask fraction of the window only the
+            blocks up to its owner run; left to right, the last exit.
+        steps: number of even time steps (None: the model's own). Not used left to right.
+        watch: called with the ids (B, T), at the start and after each step that revealed some.
+
+    Returns:
+        (B, T) token ids without any [MASK], and the layer evaluations that each row needed, (B,).
+    """
+    config, device = model.config, model.wte.weight.device
+    fractions = config.time_step_mask_fractions
+    if steps is not None:
+        fractions = [(i + 1) / steps for i in range(steps)]
+    if order == "left-to-right":
+        window, fractions = 1, [1.0]
+        exit_k = model.blocks - 1 if exit_k is None else exit_k
+    draw = {"temperature": temperature, "top_p": top_p,
+            "generator": torch.Generator(device).manual_seed(seed)}  # fmt: skip
+    x = x.to(device, copy=True)
+    masks = (x[0] == config.mask_id).nonzero().flatten()
+    layers = torch.zeros(len(x), dtype=torch.long)
+    watch(x)
+    for places in masks.split(window or max(1, len(masks))):
+        end = int(places[-1]) + 1 if len(places) else 0
+        # A causal model need not be shown what stands right of the window.
+        seen = x[:, :end] if config.attention_mode == "causal" else x
+        for m_t, m_s in itertools.pairwise(reversed([0.0, *fractions])):
+            read = exit_of(m_t, model) if exit_k is None else exit_k
+            with autocast(model):
+                if order == "ancestral":
+                    x_s = reverse_step(model, seen, m_t, m_s, read, end, **draw)
+                else:
+                    n_left = round(m_s * len(places))
+                    x_s = confident_step(model, seen, n_left, read, end, **draw)
+            changed = (x_s != seen).any(1)  # where a step had nothing to reveal, no layer ran
+            layers += changed.cpu() * (read + 1) * config.block_size
+            seen.copy_(x_s)  # into x
+            if changed.any():
+                watch(x)
+    return x, layers
 
 
 # ---------------------------------------------------------------------------------------------
@@ -633,52 +657,67 @@ PRETRAINED_FIXED = {
 GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/main/"
 
 
-def read_pretrained(path, config=None, cache="data"):
-    """Weights in Hugging Face's GPT-2 layout, mapped from their file. -> (ModelConfig, tensors)
+def read_sizes(folder):
+    """{our key: size} of the config.json of a GPT-2. UserError for what this network cannot do."""
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        description = json.loads(path.read_bytes())
+        for key, value in PRETRAINED_FIXED.items():
+            if description.get(key, value) != value:
+                raise ValueError(f"{key} {description[key]!r} is not supported, only {value!r}")
+        return {ours: description[theirs] for theirs, ours in PRETRAINED_SIZES.items()}
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the config.json of a GPT-2: {error!r:.200}") from None
+
+
+def read_pretrained(folder, config):
+    """The weights of a folder in Hugging Face's GPT-2 layout, for a GPT of `config`.
 
     Args:
-        path: a folder with config.json and model.safetensors or pytorch_model.bin; or one of these
-            two files, config.json beside it; or `gpt2`, which is downloaded into cache/gpt2.
-        config: the ModelConfig to fill. Its sizes must be the file's; a position table longer than
-            its seq_len is cropped. None: one block that owns every layer and the band (0, 1].
+        folder: with config.json and model.safetensors; or `gpt2`, which is downloaded.
+        config: its sizes must be the folder's; a longer position table is cropped to its seq_len.
 
     Returns:
-        the config, and {name: tensor} for `GPT.fill_from`: our names and shapes, so linears are
-        (out, in), with `ln_f.` for the final norm; in the type in which they are stored.
+        {name: tensor} with our names and shapes. Every exit norm is GPT-2's final norm, and the
+        rows of the embedding that GPT-2 does not have, [MASK] and padding, are the mean of the
+        text's rows.
 
     UserError or OSError (no such file, no network), in one line that names the file.
     """
-    path = Path(fetch_gpt2(cache) if str(path) == "gpt2" and not Path("gpt2").exists() else path)
-    files = [path, path / "model.safetensors", path / "pytorch_model.bin"]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin here; set "
-                                "model.init_from to a folder that has one, to gpt2 or to scratch")
-    found = _read_description(file.with_name("config.json"), config)
-    stored = read_torch(file) if file.suffix == ".bin" else read_tensors(file, sealed=False)[0]
-    tensors = {
-        name.removeprefix("transformer."): tensor
-        for name, tensor in stored.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask, as a buffer
-    }
+    if folder == "gpt2" and not Path("gpt2").exists():
+        folder = fetch_gpt2(Path(config.token_folder).expanduser() / "gpt2")
+    sizes = read_sizes(folder)
+    positions = sizes["seq_len"]
+    if type(positions) is int and positions > config.seq_len:
+        sizes["seq_len"] = config.seq_len
+    differ = [f"model.{key}={size}" for key, size in sizes.items() if size != getattr(config, key)]
+    if differ:
+        raise UserError(f"to start from the weights in {folder}, set {' '.join(differ)}")
+    file = Path(folder).expanduser() / "model.safetensors"
+    tensors = {}
+    for name, tensor in read_tensors(file, sealed=False)[0].items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, as a buffer
+            tensors[name.removeprefix("transformer.")] = tensor
     head = tensors.pop("lm_head.weight", None)  # in some files, though it is the embedding
-    shapes = pretrained_shapes(found, found.n_layers)
-    wrong = [f"{name} is missing" for name in shapes.keys() - tensors.keys()]
-    wrong += [f"{name} is unknown" for name in tensors.keys() - shapes.keys()]
-    for name in shapes.keys() & tensors.keys():
-        dtype, shape = tensors[name].dtype, tuple(tensors[name].shape)
-        if shape != shapes[name] or not dtype.is_floating_point:
-            wrong.append(f"{name} is {dtype} {shape}, not float {shapes[name]}")
-        elif not torch.isfinite(tensors[name]).all():
-            wrong.append(f"{name} has values that are not finite")
-    if not wrong and head is not None and not torch.equal(head, tensors["wte.weight"]):
-        wrong = ["lm_head.weight is not wte.weight (only a tied head is supported)"]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError(f"{file}: {'; '.join(sorted(wrong)[:5])}{more}")
-    config = config or found
-    tensors["wpe.weight"] = tensors["wpe.weight"][: config.seq_len]
-    return config, {n: t.t() if n.startswith("h.") else t for n, t in tensors.items()}
+    shapes = pretrained_shapes(config, config.n_layers)
+    shapes["wpe.weight"] = (positions, config.d_model)
+    for name in shapes | tensors:
+        tensor, shape = tensors.get(name), shapes.get(name)
+        if None in (tensor, shape) or tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{file}: {name} is missing, unknown, or not floats of shape {shape}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{file}: {name} has values that are not finite")
+    if head is not None and not torch.equal(head, tensors["wte.weight"]):
+        raise UserError(f"{file}: lm_head.weight is not wte.weight (only a tied head is supported)")
+    ours = {name: t.t() if name.startswith("h.") else t for name, t in tensors.items()}
+    text = ours["wte.weight"].float()  # (vocab_size, d)
+    others = text.mean(0).expand(config.padded_vocab_size - len(text), -1)
+    ours["wte.weight"] = torch.cat([text, others])  # (V, d)
+    ours["wpe.weight"] = ours["wpe.weight"][: config.seq_len]
+    for part in ("weight", "bias"):
+        norm = ours.pop(f"ln_f.{part}")
+        ours |= {f"exit_norms.{k}.{part}": norm for k in range(config.total_blocks)}
+    return ours
 
 
 def pretrained_shapes(config, n_layers):
@@ -691,73 +730,66 @@ def pretrained_shapes(config, n_layers):
     return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
 
 
-def _read_description(path, config=None):
-    """The one-block ModelConfig of a config.json. UserError unless it agrees with `config`."""
-    try:
-        description = json.loads(path.read_bytes())
-        for key, value in PRETRAINED_FIXED.items():
-            if description.get(key, value) != value:
-                raise ValueError(f"{key} {description[key]!r} is not supported, only {value!r}")
-        sizes = {ours: description.get(theirs) for theirs, ours in PRETRAINED_SIZES.items()}
-        if not all(type(size) is int and size < 2**20 for size in sizes.values()):
-            raise ValueError(f"{', '.join(PRETRAINED_SIZES)} must all be there, as whole numbers "
-                             "below 2^20")
-        found = ModelConfig(
-            **sizes, attention_mode="causal", dropout=0.0, init_from=str(path.parent),
-            total_blocks=1, block_size=sizes["n_layers"], block_mask_ranges=((0.0, 1.0),),
-            time_step_mask_fractions=(1.0,),
-        )  # fmt: skip
-    except (AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not the config.json of a GPT-2: {error}") from None
-    differ = [
-        f"model.{ours}={size} (not {getattr(config, ours)})"
-        for ours, size in sizes.items()
-        if config and size != getattr(config, ours)
-        and not (ours == "seq_len" and size > config.seq_len)  # a longer table is cropped
-    ]  # fmt: skip
-    if differ:
-        raise UserError(f"{path}: to start from these weights, set {', '.join(differ)}")
-    return found
-
-
-def read_torch(path):
-    """{name: tensor} of a pytorch_model.bin, on the CPU, mapped where it is a zip archive.
-
-    Nothing in it is executed. UserError for anything but tensors by name.
-    """
-    try:
-        with open(path, "rb") as file:
-            mapped = file.read(2) == b"PK"  # older files are plain pickles
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        for name, tensor in tensors.items():
-            if not (isinstance(name, str) and isinstance(tensor, torch.Tensor)
-                    and tensor.layout == torch.strided and tensor.dtype in DTYPES.values()
-                    and not (tensor.is_meta or tensor.is_nested)):  # fmt: skip
-                raise ValueError(f"{name!r} is not the name of a dense tensor")
-    except Exception as error:  # torch raises many kinds; all mean that this is no such file
-        reason = (str(error).strip() or repr(error)).splitlines()[0].partition(" (1)")[0]
-        raise UserError(f"{path}: refused, not plain tensors ({reason})") from None
-    return dict(tensors)
-
-
-def fetch_gpt2(cache):
-    """Download the 124M weights into cache/gpt2, unless they are there. -> the folder
-
-    A file gets its name when it is complete and readable. OSError where there is no network.
-    """
-    folder = Path(cache) / "gpt2"
+def fetch_gpt2(folder):
+    """Download the 124M weights into `folder`, unless they are there. -> the folder"""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         partial = folder / f"{name}.part"
         try:
             if not (folder / name).exists():
                 urllib.request.urlretrieve(GPT2_URL + name, partial)
-                if name == "config.json":
-                    _read_description(partial)
-                else:
-                    read_tensors(partial, sealed=False)
-                os.replace(partial, folder / name)
-        except (OSError, UserError, http.client.HTTPException) as error:
-            raise OSError(f"cannot download GPT-2's {name} ({error}); put it into {folder} "
-                          "yourself, or set model.init_from to a folder that has it") from None
+                partial.replace(folder / name)  # complete, or urlretrieve raises
+        except OSError as error:
+            raise UserError(f"cannot download GPT-2's {name} ({error}); put it into {folder} "
+                            "yourself, or set model.init_from to a folder that has it") from None
     return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. The machine
+
+
+def pick_device(name):
+    """torch.device for `device:` in gpt2.yaml; auto takes CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = name.partition(":")
+    index = index or "0"
+    if not index.isdecimal() or int(index) >= there.get(kind, 0):
+        raise UserError(f"device {name!r} is unknown or not here; use auto, cpu, cuda or mps")
+    return torch.device(name)
+
+
+@functools.cache
+def compute_type(device, name="auto"):
+    """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
+
+    auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA and fp32 elsewhere (a
+    CPU without bf16 units emulates it, slower than fp32).
+    """
+    if name == "auto" and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if native else "fp16"
+    elif name == "auto":
+        units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(model):
+    """Context in which torch runs a model's matrix products in its compute type."""
+    device = model.wte.weight.device
+    dtype = compute_type(device, model.config.compute_type)
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def product_dtype(x):
+    """The type in which a matrix product of `x` runs: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -8,13 +8,13 @@ cut each row of W (out, in) into groups of 64 and give every group its own scale
                              share of a Gaussian, and absmax itself is stored in 8 bits (QLoRA,
                              arXiv 2305.14314, section 3: NormalFloat and double quantization)
 
-Read from top to bottom: `QuantTensor` and its `dequantize`, `quantize`, `QuantLinear` (and
-`_Product`, where a weight is expanded for the forward and again for the backward pass),
-`freeze_block`.
+Read from top to bottom: `quantize`, a weight as codes and scales; `QuantLinear`, which keeps them,
+and its `dequantize`; `_Product`, where a weight is expanded for the forward pass and once more for
+the backward pass; `freeze_block` and `expand`, which store a model's block and make it dense again.
 """
 
+import copy
 import functools
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from torch import nn
 from data_loader import UserError
 from model import product_dtype
 
-KINDS = {"fp32": 4, "fp16": 2, "int4": 4.5 / 8, "nf4": 4.127 / 8}  # bytes of a weight
+KINDS = ("fp32", "fp16", "int4", "nf4")
+GROUP = 64  # weights of a row that share a scale
 
 # QLoRA, appendix E: quantiles of N(0, 1) scaled to [-1, 1], with an exact zero.
 NF4_LEVELS = (
@@ -36,85 +37,40 @@ ABSMAX_GROUP = 256  # absmax values that share one fp32 scale in the double quan
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class QuantTensor:
-    """A weight of `shape` (out, in) as stored: codes, and the scales that give them a meaning.
+def quantize(weight, kind):
+    """Store `weight` (out, in) as `kind`. -> {name: tensor}, by kind:
 
-    `tensors` holds, by kind:
-        fp32, fp16   {kind: (out, in)}. Named after the kind, so that a strict load_state_dict
-                     refuses to cast one into the other
+        fp32, fp16   codes (out, in), the weight itself in that type
         int4         codes (out, padded_in / 2) uint8; scale, zero (out, n_groups) fp16
         nf4          codes the same; absmax_codes (out, n_groups) uint8 (bits of a float8_e4m3fn),
                      absmax_scale (ceil(out * n_groups / 256),) fp32, absmax_center () fp32
-    Byte j of a row holds code 2j in its low four bits and code 2j + 1 in its high four.
-    """
 
-    kind: str
-    shape: tuple
-    group_size: int
-    tensors: dict
-
-    @property
-    def nbytes(self):
-        """Bytes held: codes, scales and the padding of the last group in each row."""
-        return sum(t.nbytes for t in self.tensors.values())
-
-    def dequantize(self, dtype=torch.float32):
-        """The dense weight (out, in) in `dtype`; read only, as it may be the storage itself."""
-        if self.kind in ("fp32", "fp16"):
-            weight = self.tensors[self.kind]
-            if weight.device.type == "cpu" and dtype == torch.bfloat16:
-                weight = weight.float()  # torch's direct fp16 -> bf16 is 4 times slower
-            return weight.to(dtype)
-        codes = self.tensors["codes"]
-        # One look-up gives two neighbouring weights, moved as a single integer.
-        pairs = _pair_table(self.kind, dtype, codes.device)
-        weight = pairs.index_select(0, codes.flatten().int()).view(dtype)
-        weight = weight.view(self.shape[0], -1, self.group_size)  # (out, n_groups, group_size)
-        if self.kind == "int4":
-            weight.mul_(self.tensors["scale"].to(dtype)[..., None])
-            weight.add_(self.tensors["zero"].to(dtype)[..., None])
-        else:
-            weight.mul_(_absmax(self.tensors).to(dtype)[..., None])
-        return weight.view(self.shape[0], -1)[:, : self.shape[1]]  # (out, in)
-
-
-def quantize(weight, kind, group_size=64):
-    """Store `weight` (out, in) as `kind`; groups of `group_size` (even) run along the input.
-
-    Codes are chosen against the scales as stored, after their own rounding. A row that is no
-    multiple of the group is padded by repeating its last weight. fp16 scales have an absolute
-    floor: int4 weights of tiny groups (range below 1e-6) are off by up to 5e-7. The work is done on
-    the CPU, as a GPU's division may differ in the last bit: what is stored is the same everywhere.
-    ValueError where the weight is not finite, or too large for the kind.
+    Byte j of a row holds code 2j in its low four bits and code 2j + 1 in its high four. Groups run
+    along the input; a row that is no multiple of the group is padded by repeating its last weight.
+    Codes are chosen against the scales as stored, after their own rounding. fp16 scales have an
+    absolute floor: int4 weights of tiny groups (range below 1e-6) are off by up to 5e-7. The work
+    is done on the CPU, as a GPU's division may differ in the last bit: what is stored is the same
+    everywhere. ValueError where the weight is not finite, or for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"quantization_type {kind!r}: choose one of {', '.join(KINDS)}")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"a weight has shape (out, in), not {tuple(weight.shape)}")
-    if group_size < 2 or group_size % 2:
-        raise ValueError(f"group_size {group_size}: two codes share a byte, so it must be even")
-    device, weight = weight.device, weight.detach().float().cpu()
-    shape = tuple(weight.shape)
-    n_bad = weight.numel() - int(torch.isfinite(weight).sum())
-    if n_bad:
-        raise ValueError(f"weight {shape} has {n_bad} values that are not finite")
-    group_size = min(group_size, shape[1] + shape[1] % 2)
+    weight = weight.detach().float().cpu()
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight {tuple(weight.shape)} has values that are not finite")
     if kind in ("fp32", "fp16"):
         dtype = torch.float32 if kind == "fp32" else torch.float16
-        tensors = {kind: weight.to(dtype, copy=True).contiguous()}
-    else:
-        padded = F.pad(weight, (0, -shape[1] % group_size), mode="replicate")
-        groups = padded.reshape(shape[0], -1, group_size)  # (out, n_groups, group_size)
-        codes, tensors = _to_int4(groups) if kind == "int4" else _to_nf4(groups)
-        codes = codes.to(torch.uint8).view(shape[0], -1)  # (out, padded_in)
-        tensors = {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **tensors}
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    stored = QuantTensor(kind, shape, group_size, tensors)
-    if not torch.isfinite(stored.dequantize()).all():
-        largest = float(weight.abs().max())
-        raise ValueError(f"weight {shape} has values up to {largest:.3g}, too large for {kind}")
-    return stored
+        return {"codes": weight.to(dtype, copy=True).contiguous()}
+    group = group_size(weight.size(1))
+    padded = F.pad(weight, (0, -weight.size(1) % group), mode="replicate")
+    groups = padded.reshape(len(weight), -1, group)  # (out, n_groups, group)
+    codes, scales = _to_int4(groups) if kind == "int4" else _to_nf4(groups)
+    codes = codes.to(torch.uint8).view(len(weight), -1)  # (out, padded_in)
+    return {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **scales}
+
+
+def group_size(n_inputs):
+    """GROUP, or the whole row where it is shorter; even, as two codes share a byte."""
+    return min(GROUP, n_inputs + n_inputs % 2)
 
 
 def _to_int4(groups):
@@ -139,19 +95,19 @@ def _to_nf4(groups):
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # all groups may be equal
     codes = deviation / scale.repeat_interleave(ABSMAX_GROUP)[: len(deviation)]
     codes = codes.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    tensors = {"absmax_codes": codes.view(absmax.shape), "absmax_scale": scale}
-    tensors["absmax_center"] = center
-    stored = _absmax(tensors).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    scales = {"absmax_codes": codes.view(absmax.shape), "absmax_scale": scale,
+              "absmax_center": center}  # fmt: skip
+    stored = _absmax(*scales.values()).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     levels = torch.tensor(NF4_LEVELS)
-    return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), tensors
+    return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), scales
 
 
-def _absmax(tensors):
+def _absmax(codes, scale, center):
     """Undo the double quantization: the (out, n_groups) fp32 scales of an nf4 weight."""
-    codes = tensors["absmax_codes"].view(torch.float8_e4m3fn).float()
-    scale = tensors["absmax_scale"].repeat_interleave(ABSMAX_GROUP)[: codes.numel()]
+    codes = codes.view(torch.float8_e4m3fn).float()
+    scale = scale.repeat_interleave(ABSMAX_GROUP)[: codes.numel()]
     # A group far below the center may come out just under zero, which would flip its signs.
-    return (codes * scale.view(codes.shape) + tensors["absmax_center"]).clamp(min=0)
+    return (codes * scale.view(codes.shape) + center).clamp(min=0)
 
 
 @functools.lru_cache
@@ -167,99 +123,87 @@ def _pair_table(kind, dtype, device):
 class _Product(torch.autograd.Function):
     """x W^T + b, with W made from its codes in forward and once more in backward.
 
-    The graph holds the codes, which the layer owns anyway: no dense weight, and no x, since a
+    The graph holds the layer, which the model owns anyway: no dense weight, and no x, since a
     frozen weight needs no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
-        ctx.weight, ctx.dtype, ctx.x_dtype = weight, dtype, x.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return F.linear(x.to(dtype), weight.dequantize(dtype), bias)  # (..., out)
+    def forward(ctx, x, layer, dtype):
+        ctx.layer, ctx.dtype, ctx.x_dtype = layer, dtype, x.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(x.to(dtype), layer.dequantize(dtype), bias)  # (..., out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad_x = grad.to(ctx.dtype) @ ctx.weight.dequantize(ctx.dtype)  # (..., in)
-        return grad_x.to(ctx.x_dtype), None, None, None
+        grad_x = grad.to(ctx.dtype) @ ctx.layer.dequantize(ctx.dtype)  # (..., in)
+        return grad_x.to(ctx.x_dtype), None, None
 
 
 class QuantLinear(nn.Module):
-    """A frozen nn.Linear that keeps codes and scales (buffers) and no dense weight.
+    """A frozen nn.Linear whose weight is stored as `kind`: codes and scales (see `quantize`) as
+    buffers, the bias in fp32, and no dense weight.
 
-    The product runs in the compute type: autocast's where it is on, else x's own.
+    The product runs in the compute type: autocast's where it is on, else x's own. ValueError where
+    the linear is not finite, or its weights are too large for the kind.
     """
 
-    def __init__(self, weight, bias=None):
-        """weight: a QuantTensor (out, in); bias: fp32 (out,) or None."""
+    def __init__(self, linear, kind):
         super().__init__()
-        self.kind, self.group_size = weight.kind, weight.group_size
-        self.out_features, self.in_features = weight.shape
-        self.tensor_names = tuple(weight.tensors)
-        for name, tensor in weight.tensors.items():
-            self.register_buffer(name, tensor)
+        self.kind = kind
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, tensor in quantize(linear.weight, kind).items():
+            self.register_buffer(name, tensor.to(linear.weight.device))
+        bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-
-    @classmethod
-    def from_linear(cls, linear, kind, group_size=64):
-        """Quantize an nn.Linear. ValueError as in `quantize`, and for a bias that is not finite."""
-        if linear.bias is not None and not torch.isfinite(linear.bias).all():
-            raise ValueError(f"bias {tuple(linear.bias.shape)} has values that are not finite")
-        return cls(quantize(linear.weight, kind, group_size), linear.bias)
+        if not all(t.isfinite().all() for t in (self.dequantize(), *self.buffers())):
+            raise ValueError(f"weights up to {float(linear.weight.abs().max()):.3g} or the bias "
+                             f"are too large for {kind}, or not finite")
 
     @property
-    def weight(self):
-        """The QuantTensor over this layer's buffers (no copy)."""
-        tensors = {name: self._buffers[name] for name in self.tensor_names}
-        shape = (self.out_features, self.in_features)
-        return QuantTensor(self.kind, shape, self.group_size, tensors)
+    def nbytes(self):
+        """Bytes of the weight as held: codes, scales, and the padding of each row's last group."""
+        return sum(buffer.nbytes for name, buffer in self.named_buffers() if name != "bias")
 
     def dequantize(self, dtype=torch.float32):
-        return self.weight.dequantize(dtype)
+        """The dense weight (out, in) in `dtype`; read only, as it may be the storage itself."""
+        if self.kind in ("fp32", "fp16"):
+            weight = self.codes
+            if weight.device.type == "cpu" and dtype == torch.bfloat16:
+                weight = weight.float()  # torch's direct fp16 -> bf16 is 4 times slower
+            return weight.to(dtype)
+        # One look-up gives two neighbouring weights, moved as a single integer.
+        pairs = _pair_table(self.kind, dtype, self.codes.device)
+        weight = pairs.index_select(0, self.codes.flatten().int()).view(dtype)
+        weight = weight.view(self.out_features, -1, group_size(self.in_features))
+        if self.kind == "int4":  # (out, n_groups, group)
+            weight.mul_(self.scale.to(dtype)[..., None])
+            weight.add_(self.zero.to(dtype)[..., None])
+        else:
+            absmax = _absmax(self.absmax_codes, self.absmax_scale, self.absmax_center)
+            weight.mul_(absmax.to(dtype)[..., None])
+        return weight.view(self.out_features, -1)[:, : self.in_features]  # (out, in)
 
     def forward(self, x):
         """x (..., in) -> (..., out) in the compute type."""
-        return _Product.apply(x, self.weight, self.bias, product_dtype(x))
-
-
-def dense(weight, bias):
-    """A frozen nn.Linear that holds these tensors."""
-    linear = nn.Linear(*reversed(weight.shape), device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return linear
-
-
-def convert_(module, kind):
-    """Freeze `module` in place and store every nn.Linear inside it as `kind`. Returns the module.
-
-    LayerNorms and biases stay fp32. ValueError names a layer that cannot be stored, and leaves the
-    module as it was.
-    """
-    stored = {}
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            try:
-                stored[name] = QuantLinear.from_linear(child, kind)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-    for name, layer in stored.items():
-        module.set_submodule(name, layer)
-    return module.requires_grad_(False)
+        return _Product.apply(x, self, product_dtype(x))
 
 
 def freeze_block(model, block, kind):
     """Convert a finished block of a model.GPT in place: its linears to `kind`, the rest frozen.
 
-    With block 0 the embeddings go too: fp16, or fp32 where `kind` is fp32. UserError where weights
-    are too large for `kind`.
+    LayerNorms and biases stay fp32. With block 0 the embeddings go too: fp16, or fp32 where `kind`
+    is fp32. UserError names a layer that is not finite or too large for `kind`.
     """
     size = model.config.block_size
-    for layer in model.h[block * size : (block + 1) * size]:
-        try:
-            convert_(layer, kind).eval()
-        except ValueError as error:
-            raise UserError(f"block {block}: {error}; choose another storage") from None
+    for i in range(block * size, (block + 1) * size):
+        for name, child in [*model.h[i].named_modules()]:
+            if isinstance(child, nn.Linear):
+                try:
+                    model.h[i].set_submodule(name, QuantLinear(child, kind))
+                except ValueError as error:
+                    raise UserError(f"h.{i}.{name}: {error}; choose another storage") from None
+        model.h[i].requires_grad_(False).eval()
     model.exit_norms[block].requires_grad_(False)
     if block == 0:
         for embedding in (model.wte, model.wpe):
@@ -268,3 +212,25 @@ def freeze_block(model, block, kind):
             if not torch.isfinite(weight).all():
                 raise UserError("the embeddings have values too large for fp16; choose fp32")
             embedding.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def expand(model, dtype=torch.float32):
+    """A copy of a model for many passes over single rows, with the same figures to the last bit.
+
+    Stored linears become dense ones in the compute type `dtype` and the head's weight is converted
+    once: four-bit codes save memory in training, but every pass would expand them again.
+    """
+    model = copy.deepcopy(model).eval()
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, QuantLinear):
+            model.set_submodule(name, dense(module.dequantize(dtype), module.bias.to(dtype)))
+    model.head_weight = model.wte.weight.detach().to(dtype)
+    return model
+
+
+def dense(weight, bias):
+    """A frozen nn.Linear that holds these tensors."""
+    linear = nn.Linear(*reversed(weight.shape), device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear

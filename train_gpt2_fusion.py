@@ -8,23 +8,26 @@
 
 Read from top to bottom:
 
-1. `Stage`, `fusion_schedule`         which layers are trained when, on which noise
-2. `begin_stage`, `store_blocks`      freeze and adapt; back up, then convert
-3. `batch_of`, `train_step`, `Trainer.train_stage`   the hot path, and beside it what logs and saves
-4. `Trainer.train`                    the stages, one after another
-5. `start_processes`, `stage_loss`    more than one process
-6. `main`                             the plan, the run's folder, the command line
+1. `Stage`, `fusion_schedule`              which layers are trained when, on which noise
+2. `begin_stage`, `store_blocks`           freeze and adapt; back up, then convert
+3. `train`, `train_stage`, `train_step`    the stages, the loop, one step
+4. `log_steps`, `validate`, `print_plan`   what the loop tells
+5. `State`, `save_run`, `load_run`         a run's weights on disk and back
+6. `start_processes`, `stage_loss`         more than one process: DistributedDataParallel
+7. `memory`, `keep_freed_memory`           what training holds
+8. `main`                                  a run's beginning and end
 """
 
 import contextlib
+import ctypes
 import math
 import os
-import shlex
 import signal
 import sys
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,13 +37,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora
 import quant
-from data_loader import (DEFAULTS, Parser, UserError, load_config, load_tokens, one_line_errors,
-                         rows_in, training_rows, user_path, validation_rows)
-from evaluate_gpt2 import (MIB, Run, State, cell, is_pretrained, keep_freed_memory, kind_of_run,
-                           memory, memory_mib, perplexity, pick_device, print_table, report,
-                           row_noise, score)
-from model import (CHUNK, GPT, autocast, compute_type, corrupt, diffusion_loss, read_pretrained,
-                   stratified, time_steps_of)
+from data_loader import (DEFAULTS, Config, Parser, Run, UserError, load_config, load_tokens,
+                         one_line_errors, read_tensors, rows_in, training_rows,
+                         validation_rows, write_tensors)
+from model import (GPT, compute_type, corrupt, diffusion_loss, noise_of_rows, pick_device,
+                   read_pretrained, score, stratified)
+
+MIB = 2**20
 
 # ---------------------------------------------------------------------------------------------
 # 1. The schedule: which layers are trained when, on which noise
@@ -50,18 +53,18 @@ from model import (CHUNK, GPT, autocast, compute_type, corrupt, diffusion_loss, 
 class Stage:
     """The training of one block. Stages count like blocks, from 0."""
 
-    block: int  # the exit that is read; the forward pass stops after this block
+    block: int  # its exit is read; the forward pass stops after this block
     steps: int
     time_steps: tuple[float, ...]  # mask fractions; (0.0,) is next-token training
     layers: tuple[int, ...]  # trained in fp32
     embeddings: bool  # trained too?
     adapted: tuple[int, ...]  # frozen layers whose linears get LoRA adapters for this exit
     stored: tuple[int, ...]  # blocks that are backed up and converted when the stage ends
-    plain: bool = False  # plain QLoRA: block 0 is backed up and converted before the first step
+    plain_qlora: bool = False  # block 0 is backed up and converted before the first step
 
 
-def fusion_schedule(config, training):
-    """The list of stages, from a ModelConfig and a TrainingConfig; the training only walks it.
+def fusion_schedule(config):
+    """The list of stages; the training only walks it.
 
     frozen: stage k trains the layers of block k on block k's band, the blocks before it are frozen
     (and adapted, if qlora_enabled). trainable: stage k trains every layer up to block k and the
@@ -69,12 +72,11 @@ def fusion_schedule(config, training):
     qlora_enabled that stage is plain QLoRA: adapters, exit norm and [MASK] row over frozen layers.
     """
     blocks, size = config.total_blocks, config.block_size
-    frozen = training.fusion_mode == "frozen" or training.mode == "standard"
-    plain = (training.mode == "standard" and training.qlora_enabled
-             and config.init_from != "scratch")  # fmt: skip
-    shares = training.block_steps if blocks > 1 else (1,)
+    frozen = config.fusion_mode == "frozen" or config.mode == "standard"
+    plain = config.mode == "standard" and config.qlora_enabled and config.init_from != "scratch"
+    shares = config.block_steps if blocks > 1 else (1,)
     # Rounding the running sum, not each share, makes the steps add up to max_steps exactly.
-    edges = [round(training.max_steps * sum(shares[:k]) / sum(shares)) for k in range(blocks + 1)]
+    edges = [round(config.max_steps * sum(shares[:k]) / sum(shares)) for k in range(blocks + 1)]
     stages = []
     for k in range(blocks):
         up_to_k = tuple(range((k + 1) * size))
@@ -89,109 +91,57 @@ def fusion_schedule(config, training):
         stages.append(Stage(
             block=k,
             steps=edges[k + 1] - edges[k],
-            time_steps=time_steps_of(k, config) if training.time_step_masking else (0.0,),
+            time_steps=config.time_steps_of(k) if config.time_step_masking else (0.0,),
             layers=layers,
             embeddings=(k == 0 or not frozen) and not plain,
-            adapted=adapted if training.qlora_enabled else (),
+            adapted=adapted if config.qlora_enabled else (),
             stored=stored,
-            plain=plain,
+            plain_qlora=plain,
         ))  # fmt: skip
+    if config.max_steps and min(stage.steps for stage in stages) < 1:
+        raise UserError(f"training.max_steps={config.max_steps} leaves a block without a step")
     return stages
 
 
-def learning_rate_share(step, stage, training):
+def learning_rate_share(step, stage, config):
     """Linear warm-up, then cosine decay to lr_min_share, within the stage. -> (0, 1]"""
-    warmup = min(training.warmup_steps, stage.steps // 2)
+    warmup = min(config.warmup_steps, stage.steps // 2)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / (stage.steps - warmup)
-    low = training.lr_min_share
+    low = config.lr_min_share
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def matmul_flops(stage, config):
-    """Matrix-product FLOPs that one token of a stage needs, forward and backward.
-
-    2 per weight forward, 2 for the gradient of the input, 2 for the gradient of the weight. Frozen
-    layers need no weight gradient, so 4, and without adapters no backward pass, so 2. The two
-    products of the attention have no weight among their factors: 2 forward, and 4 wherever there is
-    a backward pass. They count whole, causal or not; the adapters (about 1 %) do not count.
-    """
-    d, trained = config.d_model, len(stage.layers)
-    weights, attention = 12 * d * d, 2 * d * config.seq_len
-    frozen = (stage.block + 1) * config.block_size - trained
-    per_token = 6 * trained * (weights + attention)
-    per_token += frozen * (4 * weights + 6 * attention if stage.adapted else
-                           2 * (weights + attention))
-    scored = 1.0
-    if config.attention_mode == "bidirectional":
-        scored = sum(stage.time_steps) / len(stage.time_steps)
-    return per_token + (6 if stage.embeddings else 4) * d * config.padded_vocab_size * scored
-
-
-def parameter_counts(config):
-    """Parameters of (the embeddings, one layer, one exit norm)."""
-    d = config.d_model
-    return (config.padded_vocab_size + config.seq_len) * d, 12 * d * d + 13 * d, 2 * d
-
-
-LIBRARIES_MIB = 170  # on a CPU, measured: the matrix library's kernels and caches, gaps in the heap
-
-
-def memory_needed(stage, config, training, dtype, processes=1):
-    """MiB that a stage needs at its peak, beside what the process holds before it begins.
-
-    By count: 16 bytes for each trained parameter (fp32 weight, gradient, AdamW's two), the frozen
-    ones as they are stored. By formula, with s bytes in the compute type `dtype`: a layer keeps
-    (8 + 16 s) d + s n_heads T bytes of each token for its backward pass, 4 d where it is to be
-    recomputed, nothing where no gradient goes through; the head holds its weight in the compute
-    type, a chunk of logits, and the hidden states with their gradient.
-    """
-    c, d, s, kind = config, config.d_model, dtype.itemsize, training.quantization_type
-    embeddings, layer, norm = parameter_counts(c)
-    n_trained, n_frozen = len(stage.layers), (stage.block + 1) * c.block_size - len(stage.layers)
-    held = 16 * (n_trained * layer + norm + embeddings * stage.embeddings)
-    held += 16 * len(stage.adapted) * training.qlora_rank * 16 * d  # see `print_plan`
-    held += n_frozen * (12 * d * d * quant.KINDS[kind] + 4 * 13 * d)
-    held += 0 if stage.embeddings else embeddings * (4 if kind == "fp32" else 2)
-
-    rows = min(training.batch_size, training.batch_size * training.gradient_accumulation
-               // processes)  # fmt: skip
-    tokens = rows * c.seq_len
-    whole, mode = (8 + 16 * s) * d + s * c.n_heads * c.seq_len, training.gradient_checkpointing
-    kept = n_trained * (4 * d if mode == "all" else whole)
-    kept += len(stage.adapted) * (whole if mode == "none" else 4 * d)
-    head = s * c.padded_vocab_size * (d + min(CHUNK, tokens)) + (8 + s) * d * tokens
-    return (held + tokens * kept + head) / MIB
 
 
 # ---------------------------------------------------------------------------------------------
 # 2. Beginning and ending a stage
 
 
-def grow(model, training, pretrained=None):
+def grow(model, pretrained=None):
     """Append the next block, with fresh weights or with those of `model.read_pretrained`."""
     # A block's layers start as a function of (seed, block) alone, whatever ran before.
-    torch.manual_seed(1000 * training.seed + 1 + model.blocks)
+    torch.manual_seed(1000 * model.config.seed + 1 + model.blocks)
     model.grow()
     if pretrained:
-        model.fill_from(pretrained, model.blocks - 1)
+        names = model.block_parameters(model.blocks - 1)
+        model.load_state_dict({name: pretrained[name] for name in names}, strict=False)
 
 
-def begin_stage(model, stage, training):
+def begin_stage(model, stage):
     """Add the stage's adapters, unless they are there, and mark what it trains.
 
     Returns:
         the AdamW optimizer over the stage's trainable parameters.
     """
+    config = model.config
     if stage.adapted and not lora.adapter_parameters(model, stage.block):
-        lora.add_adapters(model, stage.block, stage.adapted, training.qlora_rank,
-                          training.qlora_alpha, training.qlora_dropout, training.seed)
-    if stage.plain and model.mask_row is None:
+        lora.add_adapters(model, stage.block, stage.adapted, config.qlora_rank, config.qlora_alpha,
+                          config.qlora_dropout, config.seed)
+    if stage.plain_qlora and model.mask_row is None:
         model.add_mask_row()
     exit_norm = [*model.exit_norms[stage.block].parameters()]
     adapters = [*lora.adapter_parameters(model, stage.block).values()]
-    if stage.plain:
+    if stage.plain_qlora:
         others, adapters = [], [model.mask_row, *adapters, *exit_norm]
     else:
         others = exit_norm + [p for i in stage.layers for p in model.h[i].parameters()]
@@ -202,14 +152,13 @@ def begin_stage(model, stage, training):
     train_mode(model, stage)
     groups = [
         # Biases and LayerNorms are not decayed (GPT-2's habit, after Loshchilov and Hutter 2019).
-        {"params": [p for p in others if p.dim() == 2], "lr": training.lr},
-        {"params": [p for p in others if p.dim() < 2], "lr": training.lr, "weight_decay": 0.0},
-        {"params": adapters, "lr": training.qlora_lr, "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() == 2], "lr": config.lr},
+        {"params": [p for p in others if p.dim() < 2], "lr": config.lr, "weight_decay": 0.0},
+        {"params": adapters, "lr": config.qlora_lr, "weight_decay": 0.0},
     ]
     groups = [group | {"peak_lr": group["lr"]} for group in groups if group["params"]]
-    model.gradient_checkpointing = training.gradient_checkpointing
-    return torch.optim.AdamW(groups, betas=(0.9, training.beta2),
-                             weight_decay=training.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
+                             fused=True)
 
 
 def train_mode(model, stage):
@@ -223,42 +172,115 @@ def train_mode(model, stage):
             module.dropout.train(bool(stage.adapted))
 
 
-def store_blocks(run, model, blocks, state, step):
-    """Back up blocks as they are after `step` steps, verified on disk; then convert them in place.
+def store_blocks(run, state, model, blocks):
+    """Back up blocks, verified on disk, then convert them in place.
 
     From here on no stage changes what their exits compute: later stages train other parameters,
-    and adapters act only while their own exit is read (`GPT.hidden`, `LoRALinear.forward`).
+    and adapters act only while their own exit is read (`GPT.choose_adapters`).
     """
     for block in blocks:
-        seal = run.back_up(model, block, step) if process()[0] == 0 else ""
-        state.backups.append(seal)
+        state.backups.append(back_up(run, state, model, block) if rank() == 0 else "")
     wait_for_all()  # no process converts before the backup is on disk
     for block in blocks:
-        quant.freeze_block(model, block, run.config.training.quantization_type)
+        quant.freeze_block(model, block, state.config.quantization_type)
     if blocks:
         model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. The loop
+# 3. The stages, the loop, one step
 
 
-def batch_of(tokens, config, training, stage, step):
+def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, signals):
+    """Train all stages, or what the state leaves of them. -> False if asked to stop
+
+    Args:
+        optimizer_tensors: {name: tensor} from `load_run`, in the middle of a stage.
+        pretrained: from `read_pretrained`, or None. signals: the list of `noted_signals`.
+    """
+    config, device = state.config, model.wte.weight.device
+    stages = fusion_schedule(config)
+    for stage in stages[state.stage :]:
+        keep_freed_memory(return_now=True)  # the stage before held more
+        while model.blocks <= stage.block:
+            grow(model, pretrained)
+        if stage.plain_qlora and not state.backups:
+            store_blocks(run, state, model, [0])
+        optimizer = begin_stage(model, stage)
+        load_optimizer(optimizer, model, optimizer_tensors)
+        memory_mib(device, reset=True)
+        if not train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
+            return False
+        held = memory(model, optimizer)
+        del optimizer  # its state is as large as two copies of what was trained
+        store_blocks(run, state, model, stage.stored)
+        watch_peak(state, device)
+        record(run, "stage", stage=stage.block, steps=stage.steps, seconds=state.seconds,
+               tokens=stage.steps * tokens_per_step(config), **held,
+               peak_mib=state.peak_mib or None)  # fmt: skip
+        if stage.stored:
+            say(f"backed up, verified, and now stored in {config.quantization_type}: "
+                f"{len(state.backups)} of {config.total_blocks} blocks\n")
+        state.stage, state.step, state.scaler = stage.block + 1, 0, {}
+        state.seconds = state.peak_mib = 0.0
+        save_run(run, state, model)
+        if state.stage < len(stages) and asked_to_stop(signals):
+            return False
+    return True
+
+
+def train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
+    """The loop of one stage. -> False if it was stopped before its last step"""
+    config, device = state.config, model.wte.weight.device
+    loss_of = stage_loss(model, stage)
+    in_fp16 = compute_type(device, config.compute_type) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=in_fp16)  # scales in fp16 only
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
+    steps, since = [], time.perf_counter()  # the last log line
+    while state.step < stage.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_share(state.step, stage, config)
+        batch = batch_of(tokens, config, stage, state.step)
+        seed_dropout(config, stage, state.step)
+        ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, config, device)
+        state.step += 1
+        steps.append((batch, ce, grad_norm))
+
+        last = state.step == stage.steps  # saved with the end of the stage
+        stop = asked_to_stop(signals) and not last
+        save = stop or (state.step % config.checkpoint_interval == 0 and not last)
+        validates = last or state.step % config.eval_interval == 0
+        if save or validates or state.step % config.log_interval == 0:
+            line = log_steps(run, state, stage, optimizer, scaler, steps, since)
+            say(line + (validate(run, state, model, stage, val_rows) if validates else ""))
+            if save:
+                state.scaler = scaler.state_dict()
+                watch_peak(state, device)
+                save_run(run, state, model, optimizer)
+                wait_for_all()  # for the checkpoint of process 0
+            if stop:
+                return False
+            steps, since = [], time.perf_counter()
+    return True
+
+
+def batch_of(tokens, config, stage, step):
     """The global batch of one step: a pure function of (seed, stage, step).
 
     Returns:
         x_0, x_t, mask, each (B, T), and mask_fraction (B,).
     """
-    rows = training.batch_size * training.gradient_accumulation
-    x_0 = training_rows(tokens, config.seq_len, rows, training.seed, stage.block, step)
-    rng = np.random.default_rng([training.seed, stage.block, step, 1])
+    rows = config.batch_size * config.gradient_accumulation
+    x_0 = training_rows(tokens, config.seq_len, rows, config.seed, stage.block, step)
+    rng = np.random.default_rng([config.seed, stage.block, step, 1])
     mask_fraction = stratified(stage.time_steps, rows, int(rng.integers(len(stage.time_steps))))
     uniform = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
     x_t, mask = corrupt(x_0, mask_fraction, uniform, config.mask_id)
     return x_0, x_t, mask, mask_fraction
 
 
-def train_step(loss_of, optimizer, scaler, batch, training, device, dtype):
+def train_step(loss_of, optimizer, scaler, batch, config, device):
     """Forward, backward, clip, update, on this process's slice of the batch.
 
     Args:
@@ -269,213 +291,299 @@ def train_step(loss_of, optimizer, scaler, batch, training, device, dtype):
     """
     batch = slice_of(batch, device)
     rows, by_row = len(batch[0]), []
-    for i in range(0, rows, training.batch_size):  # gradient accumulation
-        micro = [t[i : i + training.batch_size] for t in batch]
-        with together(loss_of, last=i + training.batch_size >= rows):
-            with autocast(device, dtype):
-                loss, ce, _ = loss_of(*micro, rows=rows)
+    for i in range(0, rows, config.batch_size):  # gradient accumulation
+        micro = [t[i : i + config.batch_size] for t in batch]
+        last = i + config.batch_size >= rows  # with it gradients are averaged over processes
+        with contextlib.nullcontext() if last or world_size() == 1 else loss_of.no_sync():
+            loss, ce, _ = loss_of(*micro, rows=rows)
             scaler.scale(loss).backward()
         by_row.append(ce)
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(trained, training.grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return torch.cat(by_row), grad_norm
 
 
-class Trainer:
-    """Walks the stages of a run: trains, logs, saves."""
+def seed_dropout(config, stage, step):
+    """Make the masks of dropout a function of (seed, stage, step, process)."""
+    if config.dropout or config.qlora_dropout:
+        numbers = (config.seed, stage.block, step, rank())
+        torch.manual_seed(hash(numbers))  # the hash of integers is the same everywhere
 
-    def __init__(self, run, stages, tokens, val_rows, pretrained, device, state):
-        self.run, self.stages, self.state, self.device = run, stages, state, device
-        self.tokens, self.val_rows, self.pretrained = tokens, val_rows, pretrained
-        self.config, self.training = run.config.model, run.config.training
-        self.stopping = False  # set by a signal
-        self.pending, self.pending_seconds = [], 0.0  # steps since the last log line
-        self.losses = defaultdict(list)  # the logged ones of each stage
-        for line in run.metrics("step"):
-            self.losses[line["stage"]].append(line["loss"])
 
-    def train_stage(self, model, optimizer, stage):
-        """The loop of one stage. -> False if it was stopped before its last step"""
-        training, state = self.training, self.state
-        dtype = compute_type(self.device, training.compute_type)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        if state.scaler:
-            scaler.load_state_dict(state.scaler)
-        loss_of = stage_loss(model, stage)
-        while state.step < stage.steps:
-            started = time.perf_counter()
-            lr_share = learning_rate_share(state.step, stage, training)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_share
-            self.seed_dropout(stage)
-            batch = batch_of(self.tokens, self.config, training, stage, state.step)
-            ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, training, self.device,
-                                       dtype)  # fmt: skip
-            state.step += 1
-            self.pending.append((batch, ce, grad_norm))
-            if self.after_step(model, optimizer, scaler, stage, started):
-                return False
-        return True
+def tokens_per_step(config):
+    """Tokens of one optimizer step: rows times context length."""
+    return config.batch_size * config.gradient_accumulation * config.seq_len
 
-    def seed_dropout(self, stage):
-        """Make the masks of dropout a function of (seed, stage, step, process)."""
-        if self.config.dropout or self.training.qlora_dropout:
-            numbers = (self.training.seed, stage.block, self.state.step, process()[0])
-            torch.manual_seed(hash(numbers))  # the hash of integers is the same everywhere
 
-    def after_step(self, model, optimizer, scaler, stage, started):
-        """Log, validate and save where it is time to. -> whether to stop here"""
-        training, step, last = self.training, self.state.step, self.state.step == stage.steps
-        stop = self.asked_to_stop() and not last  # the end of the stage saves, and stops itself
-        save = stop or (step % training.checkpoint_interval == 0 and not last)
-        validate = last or step % training.eval_interval == 0
-        log = validate or save or step % training.log_interval == 0
-        if log:
-            self.pending = [(batch, gathered(ce), norm) for batch, ce, norm in self.pending]
-            check_finite(self.pending, stage, step, scaler, optimizer if save or last else None)
-            record = summary(self.pending, optimizer, self.device)
-        self.pending_seconds += time.perf_counter() - started
-        if log:
-            line = self.log_step(stage, record)
-            say(line + (self.log_validation(model, stage) if validate else ""))
-            self.look_for_jump(stage, record["loss"])
-        if save:
-            self.state.scaler = scaler.state_dict()
-            self.watch_peak()
-            self.save(model, optimizer)
-            wait_for_all()  # for the checkpoint of process 0
-        return stop
+# ---------------------------------------------------------------------------------------------
+# 4. What the loop tells
 
-    def log_step(self, stage, record):
-        """Record the steps since the last log line. -> that line"""
-        step, tokens = self.state.step, len(self.pending) * self.tokens_per_step()
-        speed = tokens / self.pending_seconds
-        self.state.seconds += self.pending_seconds
-        self.pending, self.pending_seconds = [], 0.0
-        self.record("step", stage=stage.block, step=step, **record, tokens_per_second=speed)
-        left = sum((s.steps - (step if s is stage else 0)) * matmul_flops(s, self.config)
-                   for s in self.stages[stage.block :])  # fmt: skip
-        eta = left * self.tokens_per_step() / (speed * matmul_flops(stage, self.config))
-        return (f"stage {stage.block}  step {step:5d}/{stage.steps}  loss {record['loss']:.4f}  "
-                f"{speed:7,.0f} tokens/s  {cell(record['memory_mib'], '6,.0f')} MiB  "
-                f"eta {clock(eta)}")
 
-    def look_for_jump(self, stage, loss):
-        """Print and record a note on a loss far above the logged ones before it."""
-        before = self.losses[stage.block][-10:]
-        usual = float(np.median(before or [math.inf]))
-        if len(before) > 4 and loss > usual + max(0.5, max(before) - min(before)):
-            say(f"note: a loss of {loss:.4f}, where {usual:.4f} is usual (the median of the last "
-                f"{len(before)} log lines); if it stays there, lower training.lr")
-            self.record("loss_jump", stage=stage.block, step=self.state.step, loss=loss,
-                        usual=usual)  # fmt: skip
-        self.losses[stage.block].append(loss)
+def log_steps(run, state, stage, optimizer, scaler, steps, since):
+    """Record (batch, CE by row, gradient norm) of the steps since the last log line. -> the line
 
-    def log_validation(self, model, stage):
-        """Record mean CE over the stage's time steps, on fixed validation rows. -> words on it"""
-        step, rows, training = self.state.step, self.val_rows, self.training
-        noise = row_noise(len(rows), rows.size(1), training.seed, tag=0)
-        model.eval()
-        with autocast(self.device, compute_type(self.device, training.compute_type)):
-            scores = [score(model, rows, torch.full((len(rows),), m), stage.block, noise,
-                            batch_size=training.batch_size) for m in stage.time_steps]  # fmt: skip
-        train_mode(model, stage)
-        ce, accuracy = (torch.stack([of_m.mean() for of_m in part]).mean().item()
-                        for part in zip(*scores))  # fmt: skip
-        self.record("validation", stage=stage.block, step=step, cross_entropy=ce,
-                    perplexity=perplexity(ce), accuracy=accuracy)
-        return f"  validation {ce:.4f}"
+    UserError names the first of them whose loss or gradient is not finite.
+    """
+    config, by_time_step = state.config, defaultdict(list)
+    for number, (batch, ce, grad_norm) in enumerate(steps, state.step + 1 - len(steps)):
+        ce = gathered(ce)
+        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
+        if not (ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite())):
+            raise UserError(f"stage {stage.block}, step {number}: the loss is {ce.mean().item()}, "
+                            f"the gradient norm {grad_norm.item()}; lower training.lr or qlora_lr")
+        for m, value in zip(batch[3].tolist(), ce.tolist()):
+            by_time_step[m].append(value)
+    memory_now, _ = memory_mib(steps[-1][2].device)
+    figures = {
+        "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
+        "loss_by_time_step": {f"{m:g}": np.mean(by_time_step[m]) for m in sorted(by_time_step)},
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": steps[-1][2].item(),
+        "memory_mib": memory_now,
+    }
+    seconds = time.perf_counter() - since  # read here, where a GPU has ended its work
+    speed = len(steps) * tokens_per_step(config) / seconds
+    state.seconds += seconds
+    record(run, "step", stage=stage.block, step=state.step, **figures, tokens_per_second=speed)
+    left = sum(s.steps for s in fusion_schedule(config)[stage.block :]) - state.step
+    return (f"stage {stage.block}  step {state.step:5d}/{stage.steps}  loss {figures['loss']:.4f}  "
+            f"{speed:7,.0f} tokens/s  {cell(memory_now, '6,.0f')} MiB  "
+            f"eta {left * tokens_per_step(config) / speed / 60:.1f} min")
 
-    def save(self, model, optimizer=None):
-        """Write the checkpoint: all that --resume needs beside the backups."""
-        if process()[0] == 0:
-            self.run.save(model, optimizer, self.state)
 
-    def watch_peak(self):
-        self.state.peak_mib = max(self.state.peak_mib, memory_mib(self.device)[1] or 0.0)
+def validate(run, state, model, stage, val_rows):
+    """Record mean CE over the stage's time steps, on fixed validation rows. -> words on it"""
+    noise = noise_of_rows(len(val_rows), val_rows.size(1), state.config.seed)
+    model.eval()
+    scores = [score(model, val_rows, torch.full((len(val_rows),), m), stage.block, noise,
+                    batch_size=state.config.batch_size) for m in stage.time_steps]  # fmt: skip
+    train_mode(model, stage)
+    ce, accuracy = (torch.stack([of_m.mean() for of_m in part]).mean().item()
+                    for part in zip(*scores))  # fmt: skip
+    record(run, "validation", stage=stage.block, step=state.step, cross_entropy=ce,
+           perplexity=perplexity(ce), accuracy=accuracy)
+    return f"  validation {ce:.4f}"
 
-    def record(self, event, **values):
-        if process()[0] == 0:
-            self.run.record(event, **values)
 
-    def tokens_per_step(self):
-        """Tokens of one optimizer step: rows times context length."""
-        rows = self.training.batch_size * self.training.gradient_accumulation
-        return rows * self.config.seq_len
+def record(run, event, **values):
+    if rank() == 0:
+        run.record(event, **values)
 
-    def stop(self, *_):
-        """What a signal calls: stop after this step; at once when asked again."""
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        if process()[0] == 0:  # not by print, which a signal may have interrupted
-            os.write(1, b"stopping after this step; once more stops at once\n")
 
-    def asked_to_stop(self):
-        """Whether a signal has reached this process or another: all stop at the same step."""
-        return bool(gathered(torch.tensor([int(self.stopping)])).any())
+def say(text=""):
+    """Print at once, also into a pipe or a log file; process 0 alone speaks."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # nobody reads on; the training goes on
+            print(text, flush=True)
 
-    # -----------------------------------------------------------------------------------------
-    # 4. The stages, one after another
 
-    def train(self, model, optimizer_state):
-        """Train all stages, or what the state leaves of them. -> False if asked to stop
+def perplexity(nats):
+    """exp of a loss, as far as a float reaches."""
+    return math.exp(min(nats, 700))
 
-        Args:
-            optimizer_state: {name: tensor} from `Run.resume`, where it is in the middle of a stage.
-        """
-        run, training, state = self.run, self.training, self.state
-        for stage in self.stages[state.stage :]:
-            keep_freed_memory(return_now=True)  # the stage before held more
-            while model.blocks <= stage.block:
-                grow(model, training, self.pretrained)
-            if stage.plain and not state.backups:
-                store_blocks(run, model, [0], state, step=0)
-            optimizer = begin_stage(model, stage, training)
-            load_optimizer(optimizer, model, optimizer_state)
-            memory_mib(self.device, reset=True)
-            say(meaning(stage, training))
-            if not self.train_stage(model, optimizer, stage):
-                return False
-            figures = self.stage_figures(model, optimizer, stage)
-            del optimizer  # its state is as large as two copies of what was trained
-            store_blocks(run, model, stage.stored, state, stage.steps)
-            self.watch_peak()
-            self.record("stage", **figures, peak_mib=state.peak_mib or None)
-            if stage.stored:
-                say(f"backed up, verified, and now stored in {training.quantization_type}: "
-                    f"{len(state.backups)} of {self.config.total_blocks} blocks\n")
-            self.state = state = State(stage=stage.block + 1, backups=state.backups,
-                                       finished=stage is self.stages[-1])
-            self.save(model)
-            if state.finished:
-                return not self.stopping  # process 0 alone goes on, and asks nobody
-            if self.asked_to_stop():
-                return False
-        return True
 
-    def stage_figures(self, model, optimizer, stage):
-        """What metrics.jsonl and the last table say of a stage."""
-        held = memory(model, optimizer)
-        embeddings, layer, norm = parameter_counts(self.config)
-        standard = 16 * (embeddings + self.config.n_layers * layer + norm) / MIB
-        tokens = stage.steps * self.tokens_per_step()
-        return {
-            "stage": stage.block, "steps": stage.steps, "seconds": self.state.seconds,
-            "tokens": tokens, "tokens_per_second": tokens / self.state.seconds,
-            "weights_mib": held["total"] - held["gradients"] - held["optimizer"],
-            "gradients_mib": held["gradients"], "optimizer_mib": held["optimizer"],
-            "held_mib": held["total"],
-            "standard_mib": standard,  # weights, gradients and AdamW state, all layers in fp32
-        }  # fmt: skip
+def cell(value, spec):
+    """A value as text, "-" for None."""
+    return "-" if value is None else format(value, spec)
+
+
+def print_table(columns, rows):
+    """Print dicts as a table; columns is {key: format}. Text stands left, numbers right."""
+    lines = [[*columns]]
+    lines += [[cell(row.get(key), spec) for key, spec in columns.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    sides = ["<" if spec in ("", "s") else ">" for spec in columns.values()]
+    for line in lines:
+        say("  ".join(f"{text:{side}{width}}"
+                      for text, side, width in zip(line, sides, widths)).rstrip())  # fmt: skip
+
+
+def print_stages(run):
+    """The table of what each stage took and held, from metrics.jsonl."""
+    stages = run.metrics("stage")
+    for stage in stages:
+        kinds = ("weights_mib", "gradients_mib", "optimizer_mib")
+        stage["held_mib"] = sum(stage[kind] for kind in kinds)
+    print_table({"stage": "d", "steps": "d", "seconds": ".0f", "tokens": ",",
+                 "weights_mib": ".1f", "gradients_mib": ".1f", "optimizer_mib": ".1f",
+                 "held_mib": ".1f", "peak_mib": ".0f"}, stages)  # fmt: skip
+    say("held: weights, gradients, optimizer state; peak: the whole process, or a GPU's tensors")
+
+
+def print_plan(run, config, device, n_tokens):
+    """Say what is about to be done."""
+    dtype = str(compute_type(device, config.compute_type)).removeprefix("torch.")
+    passes = config.max_steps * tokens_per_step(config) / config.seq_len
+    passes /= rows_in(n_tokens, config.seq_len)
+    say(f"run {run.name}: {kind_of_run(config)}, {config.attention_mode}; {config.n_layers} layers "
+        f"of {config.d_model}, context {config.seq_len}, vocabulary {config.vocab_size}\n"
+        f"{config.max_steps} steps of {tokens_per_step(config):,} tokens, {passes:.1f} passes over "
+        f"{config.source}; on {device}, products in {dtype}\n")
+    rows = []
+    for stage in fusion_schedule(config):
+        layers, adapted = stage.layers, stage.adapted
+        trained = [f"layers {layers[0]}-{layers[-1]}" if layers else "exit norm, [MASK] row"]
+        trained += ["embeddings"] if stage.embeddings else []
+        trained += [f"adapters on layers {adapted[0]}-{adapted[-1]}"] if adapted else []
+        rows.append({"stage": stage.block, "steps": stage.steps,
+                     "mask fractions": " ".join(f"{m:g}" for m in stage.time_steps),
+                     "trained": ", ".join(trained)})  # fmt: skip
+    print_table({"stage": "d", "steps": "d", "mask fractions": "", "trained": ""}, rows)
+    say()
+
+
+def kind_of_run(config):
+    """A few words on how a run is trained."""
+    if fusion_schedule(config)[0].plain_qlora:
+        return f"plain QLoRA in {config.quantization_type}"
+    if not config.time_step_masking:
+        return "next-token"
+    return f"fused, {config.fusion_mode}" if config.mode == "fused" else "end-to-end diffusion"
+
+
+# ---------------------------------------------------------------------------------------------
+# 5. A run's weights on disk and back
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint says beside its tensors."""
+
+    config: Config
+    tokens_sha256: str  # of the training text
+    stage: int = 0  # in training; the number of stages when all are done
+    step: int = 0  # steps done in that stage
+    blocks: int = 0  # that exist
+    backups: list = field(default_factory=list)  # seals of the backups of blocks 0, 1, ...
+    metrics_bytes: int = 0  # size of metrics.jsonl
+    scaler: dict = field(default_factory=dict)  # of the loss, with fp16 products
+    seconds: float = 0.0  # training time of the stage so far, validation and saving left out
+    peak_mib: float = 0.0
+
+    @property
+    def finished(self):
+        return self.stage == self.config.total_blocks
+
+    def facts(self):
+        """What stands in a file, as JSON can hold it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"config": vars(self.config)}
+
+
+def back_up(run, state, model, block):
+    """Write a block's weights, and its exit's adapters, as they are. -> the file's seal"""
+    tensors = model.block_parameters(block) | lora.adapter_parameters(model, block)
+    return write_finite(run.backup(block), tensors, state)
+
+
+def save_run(run, state, model=None, optimizer=None):
+    """Write the checkpoint: all that resuming needs beside the backups.
+
+    Args:
+        model: None at the beginning of a run; optimizer: None at the beginning of a stage.
+    """
+    if rank():
+        return
+    tensors = {}
+    if model:
+        state.blocks = model.blocks
+        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for block in range(len(state.backups), model.blocks):
+            tensors |= model.block_parameters(block)
+        for name, p in model.named_parameters() if optimizer else ():
+            kept = optimizer.state.get(p, {})
+            tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in kept.items()}
+    with open(run.metrics_file, "ab") as file:
+        os.fsync(file.fileno())  # the lines must be on disk before what counts them
+        state.metrics_bytes = file.tell()
+    (run.folder / "eval.json").unlink(missing_ok=True)  # it was of the model before this
+    write_finite(run.checkpoint, tensors, state)
+
+
+def write_finite(path, tensors, state):
+    """`write_tensors`, with the state. UserError, and the old file stays, if any is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"stage {state.stage}, step {state.step}: {name} is not finite; {path} "
+                            "is as it was; lower training.lr or qlora_lr")
+    return write_tensors(path, tensors, state.facts())
+
+
+def read_checkpoint(run):
+    """(State, tensors) of a run's last checkpoint, from one reading of the file."""
+    tensors, facts, _ = read_tensors(run.checkpoint)
+    try:
+        return State(**facts | {"config": Config(facts["config"])}), tensors
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.checkpoint}: of another version of this code ({error})") from None
+
+
+def load_run(run, device="cpu", precision=None, checkpoint=None):
+    """Rebuild a run as of its last checkpoint: the only way to a run's model.
+
+    Finished blocks come from their backups and are stored in `precision` (None: the run's own
+    quantization_type), all else from the checkpoint, in fp32.
+
+    Args:
+        checkpoint: (State, tensors) where they have been read already.
+
+    Returns:
+        model, State, {name: optimizer tensor}. UserError names the file that is wrong.
+    """
+    state, tensors = checkpoint or read_checkpoint(run)
+    config = state.config
+    if precision and not state.finished:
+        raise UserError(f"run {run.name} has not ended; a precision needs all of its backups")
+    torch.manual_seed(1000 * config.seed)  # the embeddings'; the blocks' follow in `grow`
+    model = GPT(config, blocks=0)
+    for block, seal in enumerate(state.backups):
+        path = run.backup(block)
+        stored, _, found = read_tensors(path)
+        if found != seal:
+            raise UserError(f"{path} is not the one that {run.checkpoint} counts on; put that back")
+        model.grow()
+        fill(model, stored, [block], path)
+        quant.freeze_block(model, block, precision or config.quantization_type)
+    unfinished = range(model.blocks, state.blocks)
+    for _ in unfinished:
+        model.grow()
+    optimizer = {name.removeprefix("optimizer."): tensors.pop(name)
+                 for name in [*tensors] if name.startswith("optimizer.")}  # fmt: skip
+    fill(model, tensors, unfinished, run.checkpoint)
+    return model.to(device), state, optimizer
+
+
+def fill(model, tensors, blocks, path):
+    """Fill `blocks` from tensors by name, adapters and [MASK] row too where there are any.
+
+    UserError where one is missing, unknown or of another shape; `load_state_dict(strict=False)`
+    alone would say nothing, as the other blocks are not in this file.
+    """
+    config, adapted = model.config, {}  # adapted: exit -> layers
+    for name in tensors:
+        if ".lora_" in name:
+            _, layer, *_, exit_k = name.split(".")
+            adapted.setdefault(int(exit_k), set()).add(int(layer))
+    for exit_k, layers in adapted.items():
+        lora.add_adapters(model, exit_k, sorted(layers), config.qlora_rank, config.qlora_alpha,
+                          config.qlora_dropout)
+    if "mask_row" in tensors:
+        model.add_mask_row()
+    needed = {name for block in blocks for name in model.block_parameters(block)}
+    needed |= {name for exit_k in adapted for name in lora.adapter_parameters(model, exit_k)}
+    try:
+        unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
+        if unknown or needed - tensors.keys():
+            raise RuntimeError(f"unknown {unknown}, missing {needed - tensors.keys()}")
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its configuration: {error!s:.300}") from None
 
 
 def load_optimizer(optimizer, model, tensors):
-    """Move the state that `Run.resume` read, {parameter's name.key: tensor}, into an optimizer."""
+    """Copy the state that `load_run` read, {parameter's name.key: tensor}, into an optimizer."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
@@ -484,49 +592,8 @@ def load_optimizer(optimizer, model, tensors):
     tensors.clear()  # they are views of the checkpoint's file
 
 
-def check_finite(pending, stage, step, scaler, optimizer):
-    """UserError names the first step since the last log line with a loss or gradient not finite.
-
-    Where `optimizer` is given, because its state or the weights are about to be saved, they are
-    looked at too: the last update has not met a loss yet.
-    """
-    rate = "training.qlora_lr or training.lr" if stage.adapted else "training.lr"
-    advice = f"the last checkpoint is as it was; lower {rate} and start a new run"
-    for number, (batch, ce, grad_norm) in enumerate(pending, step + 1 - len(pending)):
-        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
-        if ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite()):
-            continue
-        rows = (~ce.isfinite()).nonzero().flatten().tolist() or list(range(len(ce)))
-        m = ", ".join(f"{m:g}" for m in sorted(set(batch[3][rows].tolist())))
-        raise UserError(f"the loss is {ce.mean().item()}, the gradient norm {grad_norm.item()}, in "
-                        f"stage {stage.block} at step {number}, time step {m}, row "
-                        f"{', '.join(map(str, rows[:8]))} of its batch; {advice}")
-    kept = optimizer.state.items() if optimizer else ()
-    if not all(t.isfinite().all() for p, state in kept for t in (p, *state.values())):
-        raise UserError(f"weights or optimizer state of stage {stage.block} are not finite after "
-                        f"step {step}; {advice}")
-
-
-def summary(pending, optimizer, device):
-    """The figures of a log line, from (batch, CE by row, gradient norm) of the steps since the
-    last."""
-    by_time_step = defaultdict(list)
-    for (_, _, _, mask_fraction), ce, _ in pending:
-        for m, value in zip(mask_fraction.tolist(), ce.tolist()):
-            by_time_step[m].append(value)
-    masked = [batch[2][:, 1:].float().mean().item() for batch, *_ in pending]
-    return {
-        "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
-        "loss_by_time_step": {f"{m:g}": np.mean(by_time_step[m]) for m in sorted(by_time_step)},
-        "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": pending[-1][2].item(),
-        "masked_fraction": float(np.mean(masked)),
-        "memory_mib": memory_mib(device)[0],
-    }
-
-
 # ---------------------------------------------------------------------------------------------
-# 5. More than one process: torchrun starts them, each takes a slice of every batch
+# 6. More than one process: torchrun starts them, each takes a slice of every batch
 
 
 def start_processes(device):
@@ -541,9 +608,14 @@ def start_processes(device):
     return device
 
 
-def process():
-    """(number of this process, number of processes). Process 0 writes all files and prints."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank():
+    """Number of this process. Process 0 writes all files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait_for_all():
@@ -552,38 +624,22 @@ def wait_for_all():
         dist.barrier()
 
 
-@contextlib.contextmanager
-def process_0_first():
-    """What stands inside is done by process 0, and then by the others, who find its files."""
-    if process()[0]:
-        wait_for_all()
-    yield
-    if not process()[0]:
-        wait_for_all()
-
-
 def gathered(values):
-    """The values of all processes, in their order: (n,) each -> (processes * n,)."""
+    """The values of all processes, in their order: (n,) each -> (world_size * n,)."""
     if not dist.is_initialized():
         return values
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(parts, values)
     return torch.cat(parts)
 
 
 def slice_of(batch, device):
     """This process's rows of a batch, on its device."""
-    number, processes = process()
-    rows = len(batch[0]) // processes
-    batch = [t[number * rows : (number + 1) * rows] for t in batch]
+    rows = len(batch[0]) // world_size()
+    batch = [t[rank() * rows : (rank() + 1) * rows] for t in batch]
     if device.type == "cuda":
         batch = [t.pin_memory() for t in batch]
     return [t.to(device, non_blocking=True) for t in batch]
-
-
-def together(loss_of, last):
-    """Context of a micro-batch: gradients travel between processes with the last one of a step."""
-    return contextlib.nullcontext() if process()[1] == 1 or last else loss_of.no_sync()
 
 
 class StageLoss(nn.Module):
@@ -591,10 +647,10 @@ class StageLoss(nn.Module):
 
     def __init__(self, model, stage):
         super().__init__()
-        self.model, self.block = model, stage.block
+        self.model, self.exit_k = model, stage.block
 
     def forward(self, x_0, x_t, mask, mask_fraction, rows):
-        return diffusion_loss(self.model, x_0, x_t, mask, mask_fraction, self.block, rows)
+        return diffusion_loss(self.model, x_0, x_t, mask, mask_fraction, self.exit_k, rows)
 
 
 def stage_loss(model, stage):
@@ -607,275 +663,183 @@ def stage_loss(model, stage):
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. The plan, the run's folder, the command line
+# 7. Memory
 
 
-def say(text=""):
-    """Print at once, also into a pipe or a log file; process 0 alone speaks."""
-    if process()[0] == 0:
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # nobody reads on; the training goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def memory(model, optimizer=None):
+    """What training holds, in MiB, counted from the tensors: weights_mib, gradients_mib,
+    optimizer_mib."""
+    held = Counter(weights_mib=0, gradients_mib=0, optimizer_mib=0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        held["weights_mib"] += tensor.nbytes
+        held["gradients_mib"] += tensor.nbytes if tensor.requires_grad and optimizer else 0
+    for state in optimizer.state.values() if optimizer else ():
+        held["optimizer_mib"] += sum(t.nbytes for t in state.values() if torch.is_tensor(t))
+    return {kind: size / MIB for kind, size in held.items()}
 
 
-def clock(seconds):
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def memory_mib(device, reset=False):
+    """Memory in use now and its peak since the last reset, in MiB; (None, None) where unknown.
+
+    CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
+    resets on request.
+    """
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        now, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        return now / MIB, peak / MIB
+    try:
+        if reset:
+            with contextlib.suppress(OSError):  # where it may not, the peak is the process's own
+                Path("/proc/self/clear_refs").write_text("5")
+        text = Path("/proc/self/status").read_text()
+        lines = dict(line.split(":", 1) for line in text.splitlines())
+        return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    except (KeyError, OSError):  # macOS, Windows, sandboxes
+        return None, None
 
 
-def matmul_rate(config, dtype, tokens=2048):
-    """FLOP/s that this machine reaches in a product of the MLP's shape (median of 5)."""
-    x = torch.randn(tokens, config.d_model, dtype=dtype)
-    w = torch.randn(4 * config.d_model, config.d_model, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        nn.functional.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return 2 * x.numel() * len(w) / sorted(times[1:])[2]
+def watch_peak(state, device):
+    """Keep the largest peak of the stage, over all its resumed parts."""
+    state.peak_mib = max(state.peak_mib, memory_mib(device)[1] or 0.0)
 
 
-def meaning(stage, training):
-    """What a stage does, in words."""
+def keep_freed_memory(return_now=False):
+    """Let glibc keep what a step frees, for the next step to use again.
 
-    def named(word, numbers):  # block 0, layers 2-3
-        first, last = numbers[0], numbers[-1]
-        return f"{word} {first}" if first == last else f"{word}s {first}-{last}"
-
-    learners = [named("layer", stage.layers)] if stage.layers else ["exit norm", "[MASK] row"]
-    learners += ["embeddings"] if stage.embeddings else []
-    task = "m " + " ".join(f"{m:g}" for m in stage.time_steps)
-    if stage.time_steps == (0.0,):
-        task = "the next token, without masks"
-    text = f"stage {stage.block}: {' and '.join(learners)} learn {task}"
-    if stage.plain:
-        text += " on top of the pretrained layers"
-    elif stage.layers[0]:
-        text += f" on top of {named('block', range(stage.block))}"
-    else:
-        return text
-    text += f", frozen in {training.quantization_type}"
-    return text + (", adapted by LoRA" if stage.adapted else "")
+    By default it gives every large tensor back to the kernel and gets it anew, page by page and
+    zeroed, which costs a step of GPT-2 Small on a CPU 3 to 6 % (tests/benchmark.py has rows with
+    and without). return_now: give back all that is free now. Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: macOS, Windows
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is never cut back ...
+        if return_now:
+            libc.malloc_trim(0)  # ... but here
 
 
-def what_next(run, args):
-    """(what for, command) of what one wants after a training; a control of equal length too."""
-    lines = [("write text", f'python evaluate_gpt2.py sample "The people of" --run {run} --watch'),
-             ("draw pictures (pip install matplotlib)", f"python evaluate_gpt2.py plot {run}")]
-    fused = run.config.training.mode == "fused" and run.config.model.init_from == "scratch"
-    if fused and not args.resume:
-        words = ["--config", args.config] if args.config != DEFAULTS else []
-        words += ["--preset", args.preset] if args.preset else []
-        anew = ("training.run_id=", "training.max_steps=")
-        words += [change for change in args.overrides if not change.startswith(anew)]
-        control = load_config(args.config, args.preset, [*args.overrides, "training.mode=standard"])
-        (end_to_end,) = fusion_schedule(control.model, control.training)
-        work = sum(stage.steps * matmul_flops(stage, run.config.model)
-                   for stage in fusion_schedule(run.config.model, run.config.training))
-        steps = round(work / matmul_flops(end_to_end, control.model))
-        words += ["training.mode=standard", f"training.run_id={run.name}-control",
-                  f"training.max_steps={steps}"]  # fmt: skip
-        lines += [("train the control, all layers at once for about as long",
-                   f"python train_gpt2_fusion.py {shlex.join(words)}"),
-                  ("compare", f"python evaluate_gpt2.py compare {run} {run}-control")]
-    return lines
-
-
-def print_plan(trainer):
-    """Say what is about to be done, and on a CPU about how long it will take."""
-    c, training, device = trainer.config, trainer.training, trainer.device
-    dtype = compute_type(device, training.compute_type)
-    per_step = trainer.tokens_per_step()
-    passes = training.max_steps * per_step / c.seq_len / rows_in(len(trainer.tokens), c.seq_len)
-    say(f"run {training.run_id}: GPT-2 with {c.n_layers} layers, {c.d_model} wide, {c.n_heads} "
-        f"heads, context {c.seq_len}, {c.attention_mode}, vocabulary {c.vocab_size}")
-    say(f"{kind_of_run(trainer.run.config)}, {training.max_steps} steps of {per_step} tokens, "
-        f"{passes:.1f} passes over the {len(trainer.tokens):,} training tokens of "
-        f"{trainer.run.config.data.source}")
-    say(f"device {device}, matrix products in {str(dtype).removeprefix('torch.')}, finished "
-        f"blocks stored in {training.quantization_type}")
-    if training.qlora_enabled and not any(stage.adapted for stage in trainer.stages):
-        say("qlora_enabled has no effect: no trained layer stands behind a frozen one")
-    rows, now = [], memory_mib(device)[0] or 0
-    now += LIBRARIES_MIB if device.type == "cpu" else 0
-    for stage in trainer.stages:
-        embeddings, layer, norm = parameter_counts(c)
-        trained = len(stage.layers) * layer + norm + embeddings * stage.embeddings
-        trained += c.d_model * stage.plain
-        everything = embeddings + (stage.block + 1) * (c.block_size * layer + norm)
-        # rank x (in + out) of c_attn, c_proj, c_fc and the MLP's c_proj: 4 + 2 + 5 + 5 widths
-        adapters = len(stage.adapted) * training.qlora_rank * 16 * c.d_model
-        rows.append({
-            "stage": stage.block, "steps": stage.steps,
-            "layers": f"{stage.layers[0]}-{stage.layers[-1]}" if stage.layers else "none",
-            "mask fractions": " ".join(f"{m:g}" for m in stage.time_steps),
-            "parameters trained": trained, "frozen": everything - trained, "adapters": adapters,
-            "MiB at the peak": now + memory_needed(stage, c, training, dtype, process()[1]),
-        })  # fmt: skip
-    say()
-    print_table({"stage": "d", "layers": "", "mask fractions": "", "steps": "d",
-                 "parameters trained": ",", "frozen": ",", "adapters": ",",
-                 "MiB at the peak": ",.0f"}, rows, say)
-    if device.type == "cpu":
-        flops = per_step * sum(s.steps * matmul_flops(s, c) for s in trainer.stages)
-        # The share of that rate that whole steps reached on 2 cores: narrow models spend more of
-        # their time outside the matrix products.
-        efficiency = 0.6 if c.d_model >= 512 else 0.45
-        say(f"\nno GPU: about {clock(flops / (matmul_rate(c, dtype) * efficiency))} of training "
-            f"on an idle machine (threads per process: {torch.get_num_threads()}), then the "
-            f"evaluation")
-    say()
-    trainer.record("plan", stages=[asdict(stage) for stage in trainer.stages])
-
+# ---------------------------------------------------------------------------------------------
+# 8. A run's beginning and end
 
 # Keys that --resume may change: they alter what is reported or how it is computed, not the run
 # (but for rounding, and the masks of dropout, where the device changes).
 MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
-              "gradient_checkpointing", "folder", "run_id"}  # fmt: skip
+              "gradient_checkpointing", "token_folder"}  # fmt: skip
 
 
-def open_run(folder, config, digest, resume, overwrite):
-    """The run in `folder`, new or as it is on disk, and the lock on it (see `Run.lock`).
+def resumed_config(stored, args):
+    """A run's own Config with the command line's changes. UserError if they make it another run."""
+    config = load_config(args.config, args.preset, args.overrides, stored=vars(stored))
+    for key, value in vars(config).items():
+        if value != getattr(stored, key) and key not in MAY_CHANGE:
+            raise UserError(f"{key} was {getattr(stored, key)!r} when the run began; to train with "
+                            f"{value!r}, choose training.run_id=NAME instead of --resume")
+    return config
 
-    UserError where it exists and is not to be resumed, or would become another run.
-    """
-    if process()[0]:
-        return Run(folder), contextlib.nullcontext()
-    if is_pretrained(folder):
-        raise UserError(f"{folder} holds weights in Hugging Face's layout, no run of ours; choose "
-                        f"training.run_id=NAME")
-    lock = Run.lock(folder)
-    for path in [*folder.glob(".*.*.tmp"), *folder.glob("backup/.*.*.tmp")]:
-        path.unlink()  # left by a process that was killed while it wrote
-    begun, saved = (folder / "config.json").exists(), Run.has_checkpoint(folder)
-    if overwrite and (begun or saved):  # damaged or not
-        lock.close()
+
+def begin_run(run, state):
+    """Make a run's folder with a first checkpoint, an earlier one moved aside. -> its lock"""
+    if run.checkpoint.exists():
+        run.lock().close()  # UserError: it is being trained
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        while (aside := run.folder.with_name(f"{run.name}.old-{number}")).exists():
             number += 1
-        folder.rename(aside)
+        run.folder.rename(aside)
         say(f"the earlier run is now {aside}")
-        lock, begun, saved = Run.lock(folder), False, False
-    if begun or saved:
-        run = Run(folder)  # UserError: it is damaged, or not ours
-    if saved:
-        state = run.state()
-        if resume:
-            check_same_run(run, config, digest)
-            run.cut_metrics(state.metrics_bytes)
-            return run, lock
-        how = (f"is finished; evaluate it (python evaluate_gpt2.py --run {run})"
-               if state.finished else f"exists; continue it with --resume {run}")
-        raise UserError(f"run {run.name} {how}, train it anew with --overwrite (the old run is "
-                        f"moved aside), or choose training.run_id=NAME")
-    if resume:
-        say(f"run {folder.name} has no checkpoint to resume from; it starts at the beginning")
-    return Run.start(folder, config, digest), lock  # nothing that was saved is lost
+    lock = run.lock()
+    run.cut_metrics(0)
+    save_run(run, state)
+    return lock
 
 
-def check_same_run(run, config, digest):
-    """Refuse to resume a run under a configuration or on a text that would make it another run."""
-    old, new, differing = run.config.tree(), config.tree(), []
-    for section in new:
-        for key in new[section]:
-            if old[section][key] == new[section][key] or (section, key) == ("data", "folder"):
-                continue
-            text = f"{section}.{key} was {old[section][key]!r} and is now {new[section][key]!r}"
-            if section == "training" and key in MAY_CHANGE:
-                say(f"note: {text}")
-            else:
-                differing.append(text)
-    if differing:
-        raise UserError(f"{'; '.join(differing)}: --resume needs this as it was; to train it as "
-                        f"it is now, choose training.run_id=NAME")
-    if run.tokens_sha256 != digest:
-        raise UserError(f"the training text has changed since run {run.name} began; put the old "
-                        f"one back, or choose training.run_id=NAME")
+def asked_to_stop(signals):
+    """Whether a signal has reached this process or another: all stop at the same step."""
+    return bool(gathered(torch.tensor([len(signals)])).any())
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yield a list to which Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are added: a training
+    stops after the step under way, and saves. A second Ctrl-C stops at once."""
+    signals = []
+
+    def note(number, _):
+        if number == signal.SIGINT and number in signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        with contextlib.suppress(OSError):  # not by print, which a signal may have interrupted
+            os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
+
+    every = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+             if hasattr(signal, name)]  # fmt: skip
+    earlier = {number: signal.signal(number, note) for number in every
+               if signal.getsignal(number) != signal.SIG_IGN}  # nohup: stays ignored
+    try:
+        yield signals
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 @one_line_errors
-def main(argv=None):
+def main(argv):
     parser = Parser(description="Train GPT-2 block by block by mask diffusion.")
     parser.add_argument("--config", default=DEFAULTS, help="default: gpt2.yaml")
     parser.add_argument("--preset", metavar="NAME", help="a preset of the config, e.g. tiny")
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                       help="go on where a run was stopped; named, it needs no other argument")
-    group.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
+    parser.add_argument("--resume", metavar="RUN", help="go on where a run was stopped; needs no "
+                        "other argument")
+    parser.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    if args.resume and "=" in args.resume:  # an override, and no run's name
-        args.overrides.append(args.resume)
-        args.resume = ""
-    if args.resume:
-        earlier = Run.named(args.resume)
-        folder, stored = earlier.folder, (earlier.folder / "config.json", earlier.config.tree())
-        config = load_config(args.config, args.preset, args.overrides, stored)
+    if args.resume is not None:
+        run = Run.named(args.resume)
+        lock = run.lock() if os.environ.get("RANK", "0") == "0" else None  # held to the end
+        state, tensors = read_checkpoint(run)
+        config = state.config = resumed_config(state.config, args)
+        if state.finished:
+            say(f"run {run.name} is finished; evaluate it: python evaluate_gpt2.py --run {run}")
+            return 0
     else:
         config = load_config(args.config, args.preset, args.overrides)
-        folder = user_path(config.training.folder) / config.training.run_id
-    training = config.training
-    device = start_processes(pick_device(training.device))
-    stages = fusion_schedule(config.model, training)
-    if min(stage.steps for stage in stages) < 1:
-        raise UserError(f"training.max_steps={training.max_steps} leaves a block without a step")
-    rows = training.batch_size * training.gradient_accumulation
-    if rows % process()[1]:
-        raise UserError(f"training.batch_size x gradient_accumulation = {rows} rows cannot be "
-                        f"shared equally by {process()[1]} processes")
-    with process_0_first():
-        tokens, val_tokens, digest = load_tokens(config.data, config.model.vocab_size)
-        pretrained = None
-        if config.model.init_from != "scratch":
-            source, cache = config.model.init_from, config.data.folder
-            _, pretrained = read_pretrained(source, config.model, cache)
-        val_rows = validation_rows(val_tokens, config.model.seq_len, training.eval_rows)
-        batch_of(tokens, config.model, training, stages[0], 0)  # UserError: the text is too short
-        run, lock = open_run(folder, config, digest, args.resume is not None, args.overwrite)
-        run.config = config  # with what --resume may change
-        model, state, optimizer_state = run.resume(device)
-    with lock:
-        if model is None:
-            torch.manual_seed(1000 * training.seed)  # the embeddings'; the blocks' follow in `grow`
-            model, optimizer_state = GPT(config.model, blocks=0).to(device), {}
-            state = State()
-        trainer = Trainer(run, stages, tokens, val_rows, pretrained, device, state)
-        if state.finished and (run.folder / "eval.json").exists():
-            say(f"run {run.name} is finished, nothing to resume; evaluate it (python "
-                f"evaluate_gpt2.py --run {run}), or train it anew with --overwrite")
-            return 0
-        if state.finished:
-            say("training is finished; only its evaluation is missing")
-        elif state.stage or state.step:
-            say(f"resuming in stage {state.stage} after step {state.step}")
-        else:
-            print_plan(trainer)
-        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-                   if hasattr(signal, name)]  # fmt: skip
-        handlers = {number: signal.signal(number, trainer.stop) for number in signals
-                    if signal.getsignal(number) != signal.SIG_IGN}  # nohup: stays ignored
-        try:
-            finished = trainer.train(model, optimizer_state)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        number, _ = process()
-        if dist.is_initialized():
-            dist.destroy_process_group()  # process 0 evaluates alone
-        if number:
-            return 0 if finished else 130
-        if not finished:
-            say(f"stopped and saved in {run.folder}; go on with --resume {run}")
-            return 130
-        report(run, model, say=say)
-    say(f"the run is in {run.folder}; python evaluate_gpt2.py --run {run} repeats its evaluation. "
-        "Next:")
-    for purpose, command in what_next(run, args):
-        say(f"  {purpose}:\n    {command}")
-    return 0
+        run, state, tensors = Run(Path(config.folder) / config.run_id), None, {}
+        if run.checkpoint.exists() and not args.overwrite:
+            raise UserError(f"run {run.name} exists; go on with --resume {run}, move it aside with "
+                            "--overwrite, or choose training.run_id=NAME")
+    device = start_processes(pick_device(config.device))
+    rows = config.batch_size * config.gradient_accumulation
+    if rows % world_size():
+        raise UserError(f"{world_size()} processes cannot share batch_size x gradient_accumulation "
+                        f"= {rows} rows equally")
+    # What can fail (text, weights, devices) fails before an earlier run is touched.
+    tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256)
+    val_rows = validation_rows(val_tokens, config.seq_len, config.eval_rows)
+    batch_of(tokens, config, fusion_schedule(config)[0], 0)  # UserError: the text is too short
+    from_scratch = config.init_from == "scratch"
+    pretrained = None if from_scratch else read_pretrained(config.init_from, config)
+    if state is None:
+        state = State(config, digest)
+        lock = begin_run(run, state) if rank() == 0 else None
+    elif rank() == 0:
+        run.cut_metrics(state.metrics_bytes)
+    model, state, optimizer_tensors = load_run(run, device, checkpoint=(state, tensors))
+    if state.stage or state.step:
+        say(f"resuming {run.name} in stage {state.stage} after step {state.step}")
+    else:
+        print_plan(run, config, device, len(tokens))
+    with noted_signals() as signals:
+        finished = train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained,
+                         signals)  # fmt: skip
+    if not finished:
+        say(f"stopped and saved in {run.folder}; go on: python train_gpt2_fusion.py --resume {run}")
+    else:
+        print_stages(run)
+        say(f"\nevaluate it:  python evaluate_gpt2.py --run {run}\n"
+            f'write text:   python evaluate_gpt2.py sample "The people of" --run {run} --watch')
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if finished else 130
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the tests share: the repository on the path, toy sizes, a toy run's settings."""
 
-import dataclasses
 import random
 import shutil
 import signal
@@ -17,33 +16,20 @@ torch.set_num_threads(1)  # toy sizes: a second thread costs more than it brings
 WORDS = "the people of this union have seen peace and war in every state of our country".split()
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also the long campaigns (README.md)")
-
-
 def pytest_configure(config):
     # A job in the background of a shell begins with these ignored, and our training leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    config.addinivalue_line("markers", "slow: a long campaign, run with --slow only")
-    config.addinivalue_line("markers", "texts: also the texts that training prints at its end")
-
-
-def pytest_collection_modifyitems(config, items):
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow and not config.getoption("--slow"):
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
 
 
 def toy_config(**changes):
-    """A ModelConfig of 3 blocks of one layer, small enough for anything; bytes as vocabulary."""
+    """A Config of 3 blocks of one layer, small enough for anything; bytes as vocabulary."""
     from data_loader import load_config
 
     sizes = {"vocab_size": 257, "d_model": 32, "n_layers": 3, "n_heads": 2, "seq_len": 16,
-             "block_size": 1}  # fmt: skip
-    return dataclasses.replace(load_config().model, **(sizes | changes))
+             "block_size": 1, "compute_type": "fp32"}  # fmt: skip
+    return load_config().replace(**sizes | changes)
 
 
 def fails(main, arguments, capsys, *words):
@@ -98,12 +84,13 @@ def toy_arguments(folder):
         "training.run_id": "toy",
         "training.folder": folder / "checkpoints",
         "data.source": source,
-        "data.folder": folder / "data",
+        "data.token_folder": folder / "data",
     }
 
     def arguments(**changes):
-        """toy(training__mode="standard") -> the argument list with that key changed."""
-        changed = settings | {key.replace("__", "."): value for key, value in changes.items()}
+        """toy(mode="standard") -> the argument list with that key changed."""
+        sections = {key.partition(".")[2]: key for key in settings}
+        changed = settings | {sections.get(key, key): value for key, value in changes.items()}
         return [f"{key}={value}" for key, value in changed.items()]
 
     arguments.folder = folder / "checkpoints" / "toy"
@@ -111,28 +98,22 @@ def toy_arguments(folder):
 
 
 @pytest.fixture
-def toy(request, monkeypatch, tmp_path):
+def toy(tmp_path):
     """`toy_arguments` of a run in tmp_path."""
-    import evaluate_gpt2
-
-    monkeypatch.setattr(evaluate_gpt2, "ROWS", 4)  # scored one by one, after every toy run
-    # Only where texts are what is tested.
-    if request.node.get_closest_marker("texts") is None:
-        monkeypatch.setattr(evaluate_gpt2, "print_texts", lambda *_: None)
     return toy_arguments(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a finished toy run, shared by all tests: only to be read."""
+    """The folder of a finished and evaluated toy run, shared by all tests: only to be read."""
     import evaluate_gpt2
     import train_gpt2_fusion
 
     toy = toy_arguments(tmp_path_factory.mktemp("trained"))
-    learn = {"training__max_steps": 20, "training__lr": 3e-3, "training__qlora_lr": 3e-2}
+    assert train_gpt2_fusion.main(toy(max_steps=20, lr=3e-3, qlora_lr=3e-2)) == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_gpt2, "ROWS", 8)
-        assert train_gpt2_fusion.main(toy(**learn)) == 0
+        assert evaluate_gpt2.main(["--run", str(toy.folder)]) == 0
     return toy.folder
 
 
@@ -140,8 +121,9 @@ def trained(tmp_path_factory):
 def run(trained, monkeypatch, tmp_path):
     """A copy of that run, `toy` in checkpoints/ of the current folder, as a Run."""
     import evaluate_gpt2
+    from data_loader import Run
 
     monkeypatch.setattr(evaluate_gpt2, "ROWS", 8)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "checkpoints/toy")
-    return evaluate_gpt2.Run.named("toy")
+    return Run.named("toy")

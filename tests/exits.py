@@ -16,29 +16,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_loader import Parser, one_line_errors, validation_rows
-from evaluate_gpt2 import (ROWS, Run, exit_of, expand, pick_device, print_table, row_noise,
-                           score_at, standard_error)
-from model import autocast, compute_type
+from data_loader import Parser, Run, load_tokens, one_line_errors, validation_rows
+from evaluate_gpt2 import ROWS, expanded, score_at, standard_error
+from model import exit_of, noise_of_rows, pick_device
+from train_gpt2_fusion import load_run, print_table
 
 
 def bands(run, device):
     """{owner: CE (exits, time steps, rows)} of a run, its time steps by the exit that owns them."""
-    config, training = run.config.model, run.config.training
-    dtype = compute_type(device, training.compute_type)
-    model = expand(run.load(device=device), dtype)
-    rows = validation_rows(run.tokens()[1], config.seq_len, ROWS)
-    noise = row_noise(len(rows), config.seq_len, training.seed, tag=0)
+    model, state, _ = load_run(run, device)
+    config, model = state.config, expanded(model)
+    val = load_tokens(config, state.tokens_sha256)[1]
+    rows = validation_rows(val, config.seq_len, ROWS)
+    noise = noise_of_rows(len(rows), config.seq_len, config.seed)
     by_owner = defaultdict(list)
-    with autocast(device, dtype):
-        for m in sorted({*config.time_step_mask_fractions, 1.0}):
-            ce = [score_at(model, rows, m, block, noise)[0] for block in range(model.blocks)]
-            by_owner[exit_of(m, model)].append(torch.stack(ce))  # (exits, R)
+    for m in sorted({*config.time_step_mask_fractions, 1.0}):
+        ce = [score_at(model, rows, m, exit_k, noise)[0] for exit_k in range(model.blocks)]
+        by_owner[exit_of(m, model)].append(torch.stack(ce))  # (exits, R)
     return {owner: torch.stack(ce, 1) for owner, ce in by_owner.items()}
 
 
 @one_line_errors
-def main(argv=None):
+def main(argv):
     parser = Parser(description="Every exit of a run on every band.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -47,14 +46,13 @@ def main(argv=None):
     for owner, ce in sorted(bands(Run.named(args.run), pick_device(args.device)).items()):
         by_row = ce.mean(1)  # (exits, R)
         row = {"band of": owner, "cross_entropy": by_row[owner].mean().item()}
-        for block, one in enumerate(by_row):
+        for exit_k, one in enumerate(by_row):
             behind = one - by_row[owner]
             text = f"{behind.mean().item():+.3f} +- {standard_error(behind):.3f}"
-            row[f"exit {block}"] = "owner" if block == owner else text
-            columns[f"exit {block}"] = ""
+            row[f"exit {exit_k}"] = "owner" if exit_k == owner else text
+            columns[f"exit {exit_k}"] = ""
         table.append(row)
     print_table(columns, table)
-    return 0
 
 
 if __name__ == "__main__":
