@@ -403,19 +403,20 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
     Args:
         path: a yaml file of model, training, data, presets; what it does not say stays as it is.
         overrides: "section.key=value" (or "key=value"), the value being yaml; they win.
-        stored: {key: value} to start from instead of the files: a run's own configuration.
+        stored: {key: value} to start from instead of gpt2.yaml: a run's own configuration.
 
     UserError names the key that is wrong, and the nearest one that there is.
     """
     sections, defaults = known_keys()
-    entries, presets = read_yaml(path)  # what comes later wins
+    entries, presets = read_yaml(path)  # [(section, key, value), ...], what comes later wins
     presets = read_yaml(DEFAULTS)[1] | presets
     if preset is not None and preset not in presets:
         raise UserError(f"{path}: unknown preset {preset}: there are {', '.join(presets)}")
-    entries = ([] if stored else entries) + (presets[preset] if preset else [])
+    entries = [] if stored and path == DEFAULTS else entries
+    entries += presets[preset] if preset else []
     for override in overrides:
         name, equals, text = override.partition("=")
-        section, _, key = name.strip("-").rpartition(".")
+        section, _, key = name.rpartition(".")
         if not equals:
             raise UserError(f"{override}: write section.key=value")
         is_text = isinstance(defaults.get(key), str)
@@ -453,13 +454,13 @@ class Run:
 
     def __str__(self):
         """How to name the run on a command line."""
-        in_place = self.folder.parent == Path(known_keys()[1]["folder"])
+        in_place = self.folder.parent == Path(load_config().folder)
         return shlex.quote(self.name if in_place else str(self.folder))
 
     @classmethod
     def named(cls, name=None):
         """The run of a path, or of a name in checkpoints/; None: that with the newest metrics."""
-        runs = Path(known_keys()[1]["folder"])
+        runs = Path(load_config().folder)
         if name is None:
             files = sorted(runs.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
             if not files:

@@ -23,6 +23,7 @@ Read from top to bottom:
 All figures are in nats per token unless a name says otherwise.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -532,11 +533,16 @@ def export(run, folder, exit_k=None, precision=None):
           "without the other exits")
 
 
-def positive(text):
-    """For argparse: a whole number above 0."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind, low, high=10**9):
+    """For argparse: an int or float from `low` to `high`."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def parse(argv):
@@ -572,17 +578,19 @@ OPTIONS = {
     "--precision": {"choices": quant.KINDS, "help": "rebuild the run in this storage"},
     "--full": {"action": "store_true", "help": "score every validation row, not 100"},
     "--to": {"metavar": "PNG", "help": "default: plot.png in the first run's folder"},
-    "--exit": {"dest": "exit_k", "type": int, "metavar": "K", "help": "default: the last; sample: "
-               "by noise"},
+    "--exit": {"dest": "exit_k", "type": number(int, 0), "metavar": "K",
+               "help": "default: the last; sample: by noise"},
     "--order": {"choices": ("ancestral", "confidence", "left-to-right"),
                 "help": "default: the way the run was trained"},
-    "--window": {"type": positive, "metavar": "N", "help": "tokens written together (confidence: "
-                 f"{WINDOW}; ancestral: all)"},
-    "--length": {"type": positive, "metavar": "N", "help": "tokens to write (64)"},
-    "--steps": {"type": positive, "metavar": "N", "help": "even time steps (the run's own)"},
-    "--temperature": {"type": float, "default": 1.0, "metavar": "X", "help": "0: likeliest (1)"},
-    "--top-p": {"type": float, "default": 0.95, "metavar": "P", "help": "probability kept (0.95)"},
-    "--seed": {"type": int, "default": 0, "metavar": "N"},
+    "--window": {"type": number(int, 1), "metavar": "N", "help": "tokens written together "
+                 f"(confidence: {WINDOW}; ancestral: all)"},
+    "--length": {"type": number(int, 1), "metavar": "N", "help": "tokens to write (64)"},
+    "--steps": {"type": number(int, 1), "metavar": "N", "help": "even time steps (the run's own)"},
+    "--temperature": {"type": number(float, 0), "default": 1.0, "metavar": "X",
+                      "help": "0: the likeliest (1)"},
+    "--top-p": {"type": number(float, 1e-6, 1), "default": 0.95, "metavar": "P",
+                "help": "share of probability kept (0.95)"},
+    "--seed": {"type": number(int, 0, 2**63 - 1), "default": 0, "metavar": "N"},
     "--watch": {"action": "store_true", "help": "show every step"},
 }  # fmt: skip
 

@@ -98,13 +98,12 @@ def test_nelbo_12_estimates_the_enumerated_value_and_is_it(attention, together, 
     assert error < 0.4
     grid = torch.tensor([*itertools.product([0.5], *[[0.125, 0.375, 0.625, 0.875]] * 3)])  # (64, 4)
     monkeypatch.setattr(e, "noise_of_rows", lambda *args: grid)
-    for scale, row in ((4.0, [0, 2, 1, 2]), (4.0, [1, 0, 0, 2]), (0.0, [2, 1, 1, 0])):
-        model = small(attention, scale, time_step_mask_fractions=(0.25, 0.5, 0.75))
+    for scale, row, last in ((4, [0, 2, 1, 2], 0.75), (4, [1, 0, 0, 2], 1.0), (0, [2] * 4, 0.75)):
+        model = small(attention, scale, time_step_mask_fractions=(0.25, 0.5, last))
         bound, table = e.nelbo_12(model, torch.tensor([row] * 64), seed=0)
         exact = enumerated_nelbo_12(model, torch.tensor(row)).item()
         assert bound.mean().item() == pytest.approx(exact, abs=2e-6)
-        assert [(step["mask_fraction"], step["block"]) for step in table] == [
-            (0.25, 0), (0.5, 1), (0.75, 2), (1.0, 2)]  # depth by noise
+        assert [step["block"] for step in table[:3]] == [0, 1, 2]  # depth by noise
     assert exact == pytest.approx(math.log(3), abs=1e-6)  # uniform; less without the term at m = 1
 
 
@@ -133,8 +132,9 @@ def test_the_bound_is_a_bound_and_left_to_right_a_distribution(attention, togeth
         total = torch.exp(-3 * enumerated_nelbo_12(model, texts)).sum().item()
         assert total == pytest.approx(1, abs=1e-5) if scale == 0 else total <= 1
         for exit_k in range(3) if attention == "causal" else ():
-            chances = torch.exp(-3 * e.left_to_right(model, texts, exit_k))  # (27,)
-            assert chances.sum().item() == pytest.approx(1, abs=1e-5)
+            nats = e.left_to_right(model, texts, exit_k)  # (27,), CE(m) as m goes to 0
+            assert torch.exp(-3 * nats).sum().item() == pytest.approx(1, abs=1e-5)
+            assert (nats - enumerated_ce(model, texts, 1e-6, exit_k)).abs().max() < 1e-4
     uniform, rows = small(attention, scale=0.0), torch.randint(3, (50, 4))
     if attention == "causal":  # bidirectional estimates are exact in expectation only
         assert e.nelbo_12(uniform, rows, seed=0)[0].mean() == pytest.approx(math.log(3), abs=1e-5)
@@ -161,7 +161,8 @@ def test_both_ways_is_unbiased(together):
 def test_the_continuous_bound_covers_the_integral(attention, together):
     """Of 40 seeds, the 95 % and 50 % intervals (8 replicates: Student's t with 7 degrees) hold the
     midpoint rule's value of the enumerated integral as often as they say (p < 0.002 each)."""
-    model, row = small(attention), torch.tensor([0, 2, 1, 2])
+    model, row = small(attention, scale=8.0), torch.tensor([0, 2, 1, 2])
+    model.exit_norms[0].weight.data.zero_()  # an exit that knows nothing: which one is read shows
     grid = [(i + 0.5) / 100 for i in range(100)]  # the bands end between two of them
     exact = np.mean([enumerated_ce(model, row, m, model.config.block_of(m)) for m in grid])
     inside = np.zeros(2)
@@ -319,7 +320,7 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     texts = {out(capsys, "sample", "--order", order, "--exit", exit_k, "--length", "20")
              for order in ("ancestral", "confidence", "left-to-right") for exit_k in "02"}
     assert len(texts) == 6  # one seed, but every order and exit writes its own
-    assert out(capsys, "sample", "--temperature", "0") == out(capsys, "sample", "--top-p", "0")
+    assert out(capsys, "sample", "--temperature", "0") == out(capsys, "sample", "--top-p", "0.001")
     # A line a step: how many masks are left, and the text, a mask being one character.
     printed = out(capsys, "sample", "we", *"--watch --window 6 --length 12 --steps 2".split())
     assert [(line[:7], line.count("░")) for line in printed.split("\n")[:5]] == [
@@ -356,7 +357,6 @@ def test_weights_in_hugging_faces_layout_are_a_run_of_zero_steps(toy, monkeypatc
     assert [*losses] == ["left_to_right_0", "unigram"]
     assert losses["left_to_right_0"]["by_row"] == pytest.approx(ce.tolist(), abs=1e-5)
     fp32, *_, nf4 = evaluated(run, "precision.json")
-    assert fp32["left_to_right_0"] == losses["left_to_right_0"]["nats_per_token"]
     assert nf4["to_fp32"] == nf4["left_to_right_0"] - fp32["left_to_right_0"] != 0
 
 
@@ -407,12 +407,12 @@ def test_progress_is_for_terminals_and_for_long_evaluations(monkeypatch, capsys)
 
 def test_mistakes_end_in_one_line(run, capsys):
     for command, words in (
-        (["--run", "other"], ["'other'", "toy"]), (["toy"], ["toy"]),
+        (["--run", "other"], ["'other'", "toy"]), (["toy"], ["toy"]), (["export"], ["FOLDER"]),
         (["--precision", "int3"], ["--precision", "int4"]), (["--device", "gpu"], ["'gpu'"]),
         (["sample", "the people " * 20], ["220 tokens"]), (["sample", "--exit", "9"], ["exit 9"]),
-        (["sample", "--steps", "x"], ["--steps"]), (["sample", "--window", "0"], ["--window"]),
-        (["sample", "--order", "sideways"], ["--order", "ancestral"]), (["export"], ["FOLDER"]),
-        (["export", "out", "--exit", "9"], ["exit 9"]), (["compare", "toy", "none"], ["'none'"]),
+        (["sample", "--window", "0"], ["--window"]), (["sample", "--top-p", "0"], ["--top-p"]),
+        (["sample", "--temperature", "nan"], ["nan"]), (["compare", "toy", "none"], ["'none'"]),
+        (["sample", "--order", "x"], ["ancestral"]), (["export", "out", "--exit", "9"], ["exit 9"]),
     ):  # fmt: skip
         fails(e.main, command, capsys, *words)
     changed(run, attention_mode="bidirectional")

@@ -112,6 +112,7 @@ def test_the_row_of_mask_is_trained_beside_a_frozen_embedding():
     before = model(x)
     model.add_mask_row()
     assert torch.equal(model.mask_row, model.wte.weight[MASK].float())
+    assert model.mask_row.dtype == torch.float32
     assert torch.equal(model(x), before)
     model(x)[..., : TOY.vocab_size].square().sum().backward()
     assert model.mask_row.grad.abs().sum() > 0 and model.wte.weight.grad is None
@@ -188,14 +189,13 @@ def test_micro_batches_add_up(attention):
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_rows_figures_do_not_depend_on_the_rows_beside_it(attention, dtype):
+def test_a_rows_figures_do_not_depend_on_the_rows_beside_it(attention):
     """To the last digit. At these sizes products of other shapes do differ in it."""
-    model = toy_model(attention_mode=attention, compute_type=dtype)
+    model = toy_model(attention_mode=attention)
     for fraction in (0.1, 0.5, 1.0):
         given = (text(30), torch.full((30,), fraction), noise(30))
         together = score(model, *given[:2], 2, given[2])
-        parts = [score(model, *part[:2], 2, part[2]) for part in zip(*(t.split(7) for t in given))]
+        parts = [score(model, *part[:2], 2, part[2]) for part in zip(*(t.split(1) for t in given))]
         assert all(map(torch.equal, together, map(torch.cat, zip(*parts))))
     assert torch.equal(noise(30)[:7], noise(7)) and len(together[0].unique()) == 30
 
@@ -226,11 +226,11 @@ def test_tied_cross_entropy_is_cross_entropy(monkeypatch):
 
 
 def test_small_weights_do_not_vanish_in_half_precision():
-    """Weights of 1e-4, as in training: times probabilities of 1e-4 they would be 0 in fp16."""
+    """Weights of 3e-6: times probabilities of 1e-4 they would be 0 in fp16."""
     torch.manual_seed(0)
     model, hidden = GPT(toy_config(vocab_size=4000), blocks=0), torch.randn(4, 15, 32)
     both = (hidden.requires_grad_(), model.wte.weight)
-    targets, weights = torch.randint(4000, (4, 15)), torch.full((4, 15), 1e-4)
+    targets, weights = torch.randint(4000, (4, 15)), torch.full((4, 15), 3e-6)
     exact = torch.autograd.grad(tied_cross_entropy(model, hidden, targets, weights)[0], both)
     for dtype, most in ((torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
         with torch.autocast("cpu", dtype):
@@ -279,8 +279,8 @@ def test_top_p_keeps_the_smallest_set_in_proportion_and_temperature_0_the_likeli
     for temperature, top_p, kept in ((1, 1, {0, 1, 2, 3}), (1, 0.7, {1, 2}), (1, 0.01, {2}),
                                      (0, 1, {2}), (1e-39, 0.9, {2})):  # fmt: skip
         assert set(sample_tokens(logits, temperature, top_p).tolist()) == kept
-    drawn = sample_tokens(logits, 1.0, 0.9, torch.Generator().manual_seed(0))
-    expected = torch.tensor([0, 0.3, 0.5, 0.15]) / 0.95  # standard deviation below 0.016
+    drawn = sample_tokens(logits, 1.0, 0.7, torch.Generator().manual_seed(0))
+    expected = torch.tensor([0, 0.3, 0.5, 0]) / 0.8  # standard deviation below 0.016
     torch.testing.assert_close(drawn.bincount(minlength=4) / 1000, expected, atol=0.05, rtol=0)
 
 
@@ -292,8 +292,7 @@ def test_each_window_is_written_by_the_whole_reverse_process(attention, order, w
     model, taken, seen = toy_model(attention_mode=attention, seq_len=32), [], []
     x, n_layers = torch.tensor([[1, 4] + [MASK] * 27] * 2), torch.zeros(2, dtype=torch.long)
     x[:, 15] = 3  # a blank ends here
-    name = "reverse_step" if order == "ancestral" else "confident_step"
-    step = getattr(m, name)
+    step = m.reverse_step if order == "ancestral" else m.confident_step
 
     def watched(model, x_t, *schedule, **draw):
         taken.append((x_t.size(1), *schedule))
@@ -301,7 +300,7 @@ def test_each_window_is_written_by_the_whole_reverse_process(attention, order, w
         n_layers.add_((x_s != x_t).any(1) * 2 * (schedule[-2] + 1))
         return x_s
 
-    monkeypatch.setattr(m, name, watched)
+    monkeypatch.setattr(m, step.__name__, watched)
     ids, layers = sample(model, x, order, window, seed=1, watch=lambda x: seen.append(x.clone()))
     expected = []
     for own in (x[0] == MASK).nonzero().flatten().split(window or 26):
@@ -372,7 +371,8 @@ def filled(folder, config=TWO_BLOCKS):
 def same(a, b):
     """Whether two dicts of tensors, or two GPTs, are the same, bit for bit."""
     a, b = (x.state_dict() if isinstance(x, GPT) else x for x in (a, b))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    dtypes = [{name: t.dtype for name, t in x.items()} for x in (a, b)]
+    return dtypes[0] == dtypes[1] and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def refused(folder, *words, config=None):

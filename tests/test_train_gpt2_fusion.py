@@ -1,7 +1,6 @@
 """Stages, the loop, a run's weights on disk, and runs that lose nothing: the real script, small."""
 
 import itertools
-import math
 import os
 import resource
 import signal
@@ -46,7 +45,7 @@ def train_until(step, arguments, event):
         return train.main(arguments)
 
 
-def signals(*numbers):
+def send(*numbers):
     return lambda: [os.kill(os.getpid(), number) for number in numbers]
 
 
@@ -89,12 +88,11 @@ def schedule(*overrides):
 
 def test_frozen_mode_trains_every_layer_in_exactly_one_stage():
     for blocks, size in ((3, 4), (2, 6), (12, 1), (1, 12), (4, 3)):
-        edges = [i / blocks for i in range(blocks + 1)]
-        steps = [(i + 0.5) / blocks for i in range(blocks)]
+        bands = [[i / blocks, (i + 1) / blocks] for i in range(blocks)]
+        steps, shares = [(i + 0.5) / blocks for i in range(blocks)], [*range(1, blocks + 1)]
         stages = schedule(
-            f"block_mask_ranges={[list(band) for band in itertools.pairwise(edges)]}",
-            f"total_blocks={blocks}", f"block_size={size}", f"block_steps={[*range(1, blocks + 1)]}",
-            f"time_step_mask_fractions={steps}", "max_steps=1001")  # fmt: skip
+            f"total_blocks={blocks}", f"block_size={size}", f"block_steps={shares}",
+            f"block_mask_ranges={bands}", f"time_step_mask_fractions={steps}", "max_steps=1001")
         assert [stage.block for stage in stages] == [*range(blocks)]
         assert [i for stage in stages for i in stage.layers] == [*range(12)]
         assert sum(stage.steps for stage in stages) == 1001
@@ -110,7 +108,6 @@ def test_the_schedule_of_the_other_modes():
     assert [stage.layers for stage in trainable] == [everything[:n] for n in (4, 8, 12)]
     assert all(stage.embeddings and not stage.adapted for stage in trainable)
     assert [stage.stored for stage in trainable] == [(), (), (0, 1, 2)]
-    assert [stage.adapted for stage in schedule("qlora_enabled=false")] == [()] * 3
     for overrides in (["mode=standard"], ["mode=standard", "init_from=x", "qlora_enabled=false"]):
         (standard,) = schedule(*overrides)
         assert standard.layers == everything and standard.embeddings and not standard.plain_qlora
@@ -119,15 +116,14 @@ def test_the_schedule_of_the_other_modes():
     (plain,) = schedule("mode=standard", "init_from=x")
     assert plain.plain_qlora and plain.adapted == everything and not plain.embeddings
     assert plain.layers == () and plain.stored == ()  # its block is stored before the first step
-    for stage in schedule("time_step_masking=false", "init_from=x", "max_steps=0"):
-        assert stage.time_steps == (0.0,) and not stage.plain_qlora and stage.steps == 0
+    for stage in schedule("init_from=x", "qlora_enabled=false", "time_step_masking=false"):
+        assert stage.time_steps == (0.0,) and not stage.plain_qlora and not stage.adapted
     with pytest.raises(UserError, match="max_steps=2 "):  # a block without a step
         schedule("max_steps=2")
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_share():
-    config = load_config(overrides=["warmup_steps=10"])
-    (stage, *_) = train.fusion_schedule(config)
+    config, stage = load_config(overrides=["warmup_steps=10"]), schedule()[0]
     shares = [train.learning_rate_share(step, stage, config) for step in range(stage.steps)]
     assert shares[0] == pytest.approx(1 / 11) and shares[10] == 1.0
     assert shares[:11] == sorted(shares[:11]) and shares[10:] == sorted(shares[10:], reverse=True)
@@ -168,7 +164,6 @@ def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes():
             for block, logits in enumerate(remembered):
                 assert torch.equal(model(idx, block), logits), f"exit {block} changed"
             remembered.append(model(idx, stage.block))
-    assert len(remembered) == 3
 
 
 def test_without_adapters_no_gradient_is_computed_in_the_frozen_prefix():
@@ -190,9 +185,8 @@ def test_recomputing_changes_nothing_but_memory(toy):
         config, sizes = toy_config(n_layers=6, block_size=2, gradient_checkpointing=mode), {}
         model = GPT(config)
         train.begin_stage(model, train.fusion_schedule(config)[2])
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t
-        ):
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t):
             model.hidden(torch.zeros(64, 16, dtype=torch.long), 2)
         kept.append(sum(sizes.values()))
     assert kept[2] < kept[1] / 2 < kept[0] / 4, kept  # four of six layers are frozen
@@ -243,10 +237,10 @@ def test_every_combination_runs_to_its_end(toy, changes):
     model, state, _ = train.load_run(run)
     config, blocks = state.config, state.config.total_blocks
     assert state.finished and len(run.metrics("stage")) == blocks
-    assert all(math.isfinite(line["loss"]) for line in run.metrics("step"))
+    assert all(0 < line["loss"] < 7 for line in run.metrics("step"))  # log 257 = 5.5
     adapted = 16 * (config.fusion_mode == "frozen" and config.qlora_enabled)
-    adapters = [sum(".lora_" in name for name in tensors) for tensors in weights(run)]
-    assert adapters == [0, adapted, 2 * adapted][:blocks]
+    assert [sum(".lora_" in name for name in tensors) for tensors in weights(run)] == [
+        0, adapted, 2 * adapted][:blocks]
     stored = [m.kind for m in model.modules() if isinstance(m, quant.QuantLinear)]
     assert stored == [config.quantization_type] * (4 * config.n_layers)  # the last block too
 
@@ -263,9 +257,8 @@ def test_a_run_comes_back_from_disk_bit_for_bit(tmp_path):
         state.stage, state.step, state.seconds, state.scaler = stage.block, 1, 1 / 3, {"scale": 2.0}
         train.save_run(run, state, model, optimizer)
         assert not (tmp_path / "eval.json").exists()
-        again, found, kept = train.load_run(run)
+        again, found, _ = train.load_run(run)
         assert found.facts() == state.facts() and bits(again) == bits(model)
-        assert len(kept) == 3 * sum(p.requires_grad for p in model.parameters())
         with pytest.raises(UserError, match="not ended"):
             train.load_run(run, precision="fp32")
         exact = {n: p.clone() for n, p in model.block_parameters(stage.block).items()}
@@ -274,7 +267,7 @@ def test_a_run_comes_back_from_disk_bit_for_bit(tmp_path):
         train.save_run(run, state, model)
         again, _, kept = train.load_run(run)
         assert bits(again) == bits(model) and kept == {}
-    tensors, _, _ = read_tensors(run.backup(2))
+    tensors = read_tensors(run.backup(2))[0]
     assert bits(tensors) == bits(exact | lora.adapter_parameters(model, 2))
     full, _, _ = train.load_run(run, precision="fp32")  # the backups' own values
     assert torch.equal(full.h[2].mlp.c_fc.dequantize(), exact["h.2.mlp.c_fc.weight"])
@@ -295,12 +288,12 @@ def pretrained(toy):
     torch.manual_seed(0)
     model = GPT(load_config(overrides=toy(mode="standard")))
     for parameter in model.parameters():
-        parameter.data *= 4 if parameter.dim() == 2 else 1
+        parameter.data.mul_(4 if parameter.dim() == 2 else 1).add_(0.01)
     model.save_pretrained("pretrained")
     return "pretrained"
 
 
-def test_training_starts_from_saved_gpt2_weights(toy, pretrained, capsys):
+def test_training_starts_from_saved_gpt2_weights(toy, pretrained):
     """No step at all stores what it starts from; every block of a fused run starts from it too."""
     zero = NEXT_TOKEN | {"qlora_enabled": "false", "quantization_type": "fp32", "max_steps": 0}
     for name, changes in (("zero", zero), ("fused", {"max_steps": 4, "lr": "1e-12"})):
@@ -310,8 +303,6 @@ def test_training_starts_from_saved_gpt2_weights(toy, pretrained, capsys):
         assert given.keys() == {key for key in found if ".lora_" not in key}
         assert all(torch.allclose(found[key], given[key], atol=1e-6) for key in given)
         assert name == "fused" or bits(found) == bits(given)
-    fails(train.main, toy(init_from=pretrained, run_id="x", d_model=64), capsys, "d_model=32")
-    assert not Path("checkpoints/x").exists()
 
 
 def test_plain_qlora(toy, pretrained):
@@ -330,10 +321,9 @@ def test_plain_qlora(toy, pretrained):
     losses = [line["cross_entropy"] for line in run.metrics("validation")]
     assert losses[-1] < losses[0] - 0.02
     before, after = bits(model), bits(train.load_run(run)[0])
-    moved = {name.partition(".lora")[0] for name in after if after[name] != before[name]}
-    assert moved == {"mask_row", "exit_norms.0.weight", "exit_norms.0.bias", *(
-        f"h.{i}.{linear}" for i in range(6)
-        for linear in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))}  # fmt: skip
+    moved = [name for name in sorted(after) if after[name] != before[name]]
+    assert [name for name in moved if ".lora_" not in name] == [
+        "exit_norms.0.bias", "exit_norms.0.weight", "mask_row"] and len(moved) == 3 + 6 * 8
     assert bits(weights(run)[0]) == bits(read_pretrained(pretrained, state.config))
     train_until(6, toy(**plain, run_id="killed"), kill)  # saved after step 4
     assert train.main(["--resume", "killed"]) == 0 and outcome("killed") == outcome()
@@ -360,13 +350,12 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(toy, monkeypatch):
 def test_optimizer_and_loss_scaler_go_on_where_they_were(toy):
     """In fp16, stopped after step 5: once without a kill before, once with one."""
     settings = DROPOUT | {"compute_type": "fp16"}
-    train_until(5, toy(**settings, run_id="whole"), signals(signal.SIGINT))
+    train_until(5, toy(**settings, run_id="whole"), send(signal.SIGINT))
     train_until(4, toy(**settings), kill)  # saved after step 2
-    train_until(3, RESUME, signals(signal.SIGINT))
+    train_until(3, RESUME, send(signal.SIGINT))
     state, tensors = train.read_checkpoint(Run.named("toy"))
-    assert state.step == 5 and state.scaler["_growth_tracker"] == 5
+    assert state.scaler["_growth_tracker"] == tensors["optimizer.wte.weight.step"] == 5
     assert sum(name.endswith(".exp_avg_sq") for name in tensors) == 28
-    assert tensors["optimizer.wte.weight.step"] == 5
     assert outcome() == outcome("whole")
 
 
@@ -377,7 +366,7 @@ def test_the_first_signal_saves_and_a_second_ctrl_c_stops_at_once(toy, capfd):
         (1, RESUME, [signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGHUP], (1, 1, 1)),
         (1, RESUME, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], (1, 1, 1)),
     ]:  # fmt: skip
-        assert train_until(step, arguments, signals(*numbers)) == 130
+        assert train_until(step, arguments, send(*numbers)) == 130
         state, captured = state_of(), capfd.readouterr()
         assert (state.stage, state.step, len(state.backups)) == stands
         assert ("saved" in captured.out) == (captured.err == "")
@@ -386,20 +375,18 @@ def test_the_first_signal_saves_and_a_second_ctrl_c_stops_at_once(toy, capfd):
 
 
 def test_what_a_system_or_a_terminal_lacks_is_not_needed(toy, monkeypatch):
-    """An ignored signal (nohup), a print that fails (| head), no locks, no fadvise, no syncing of
-    folders, no /proc and no glibc: the same run."""
+    """The same run with an ignored signal, prints that fail, no locks, no /proc and no glibc."""
     trains(toy, "whole")
     train_until(1, toy(), kill)
     closed = Mock(spec=["write", "flush"], write=Mock(side_effect=BrokenPipeError))
     monkeypatch.setattr(sys, "stdout", closed)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.delattr(os, "posix_fadvise")
-    monkeypatch.delattr(os, "O_DIRECTORY")
     monkeypatch.setattr(train, "Path", lambda path: Path("no/where" if "/proc" in path else path))
     monkeypatch.setattr(train.ctypes, "CDLL", lambda name: object())
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert train_until(2, RESUME, signals(signal.SIGHUP)) == 0
+        assert train_until(2, RESUME, send(signal.SIGHUP)) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, handler)
@@ -409,25 +396,23 @@ def test_what_a_system_or_a_terminal_lacks_is_not_needed(toy, monkeypatch):
 
 def test_resume_takes_a_run_as_it_was_or_not_at_all(toy, capsys):
     """Damaged files and changed settings are named, and nothing changes. Some keys may change."""
-    assert train_until(8, toy(), signals(signal.SIGINT)) == 130  # in stage 1: one block is backed up
-    stored, cases = contents(Path()), []
-    checkpoint, backup, metrics = (next(path for path in stored if path.name.startswith(name))
-                                   for name in ("checkpoint.", "block_0", "metrics"))  # fmt: skip
-    for path in (checkpoint, backup):
+    assert train_until(8, toy(), send(signal.SIGINT)) == 130  # in stage 1
+    run, stored, cases = Run.named("toy"), contents(Path()), []
+    for path in (run.checkpoint, run.backup(0)):
         data = stored[path]
         cases += [(path, data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :])
                   for n in (3, len(data) // 2, len(data) - 1)]  # fmt: skip
         cases += [(path, data[: len(data) // 2])]
-    write_tensors("other", read_tensors(backup)[0], {"step": 5})  # whole, but another
-    cases += [(backup, Path("other").read_bytes()), (metrics, stored[metrics][:-1])]
-    cases += [(Path("text.txt"), stored[Path("text.txt")].replace(b"people", b"nation"))]
-    for path, data in cases:
+    write_tensors("other", read_tensors(run.backup(0))[0], {"step": 5})  # whole, but another
+    for path, data in [*cases, (run.backup(0), Path("other").read_bytes()),
+                       (run.metrics_file, stored[run.metrics_file][:-1]),
+                       (Path("text.txt"), stored[Path("text.txt")].replace(b"people", b"nation"))]:
         path.write_bytes(data)
         fails(train.main, RESUME, capsys, path.name)
         path.write_bytes(stored[path])
-    backup.unlink()
-    fails(train.main, RESUME, capsys, backup.name)
-    backup.write_bytes(stored[backup])
+    run.backup(0).unlink()
+    fails(train.main, RESUME, capsys, "block_0")
+    run.backup(0).write_bytes(stored[run.backup(0)])
     for change in ("lr=9e-4", "seed=4", "dropout=0.5", "num_examples=50", "block_steps=[1,1,1]",
                    "max_steps=20", "batch_size=2", "quantization_type=int4"):  # fmt: skip
         fails(train.main, [*RESUME, change], capsys, change.partition("=")[0])
@@ -436,8 +421,7 @@ def test_resume_takes_a_run_as_it_was_or_not_at_all(toy, capsys):
     may = ["log_interval=1", "eval_interval=3", "eval_rows=5", "checkpoint_interval=3",
            "gradient_checkpointing=all", "device=auto", "token_folder=tokens"]  # fmt: skip
     assert train.main(["--resume", "elsewhere", *may]) == 0
-    lines = Run("elsewhere").metrics("step")
-    assert [line["step"] for line in lines] == [2, 4, 6, 2, 3, 1, 2, 3]
+    assert [line["step"] for line in Run("elsewhere").metrics("step")] == [2, 4, 6, 2, 3, 1, 2, 3]
     before = contents(Path())
     assert train.main(["--resume", "elsewhere"]) == 0
     assert "is finished" in capsys.readouterr().out and contents(Path()) == before
@@ -445,7 +429,8 @@ def test_resume_takes_a_run_as_it_was_or_not_at_all(toy, capsys):
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(toy, capsys):
     """The kernel refuses to let a file grow beyond a size, as it does on a full disk."""
-    settings, most = {"log_interval": 1, "max_steps": 8}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    settings = {"log_interval": 1, "max_steps": 8}
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     trains(toy, "whole", **settings)
     for step, room, file in [(1, 50_000, "checkpoint"), (3, 100_000, "block_0"), (6, None, "")]:
         name = f"full-{file}"
@@ -467,20 +452,20 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(toy, capsys):
 def test_nothing_that_is_not_finite_is_ever_saved(toy, monkeypatch, capsys):
     """Checkpoints after steps 2 and 4, a log line after 4, the stage's end and backup after 6."""
     real = train.train_step
-    for number, (at, saved, broken, words) in enumerate([
+    for at, saved, broken, words in [
         (5, 4, lambda model, optimizer, ce, norm: ce[2:3], ["loss is nan", "step 5"]),
         (5, 4, lambda model, optimizer, ce, norm: norm, ["gradient norm nan", "step 5"]),
         (4, 2, lambda model, *_: model.h[1].mlp.c_fc.bias, ["h.1.mlp.c_fc.bias", "step 4"]),
         (4, 2, lambda model, optimizer, *_: optimizer.state[model.wpe.weight]["exp_avg_sq"],
          ["wpe.weight.exp_avg_sq", "step 4"]),
         (6, 4, lambda model, *_: model.wpe.weight, ["wpe.weight", "step 6", "block_0"]),
-    ]):  # fmt: skip
-        name, count = f"run-{number}", itertools.count(1)
+    ]:  # fmt: skip
+        name, count = words[0], itertools.count(1)
 
         def train_step(loss_of, optimizer, *args):
             ce, norm = real(loss_of, optimizer, *args)
             if next(count) == at:
-                broken(loss_of.model, optimizer, ce, norm).data[...] = math.nan
+                broken(loss_of.model, optimizer, ce, norm).data[...] = torch.nan
             return ce, norm
 
         monkeypatch.setattr(train, "train_step", train_step)
@@ -490,38 +475,35 @@ def test_nothing_that_is_not_finite_is_ever_saved(toy, monkeypatch, capsys):
 
 def test_two_processes_train_as_one(toy):
     """By torchrun, as a user starts it; 8 rows are shared, in micro-batches of 8, then of 2."""
-    small = {"batch_size": 2, "gradient_accumulation": 4}
-    one, accumulated = trains(toy, "one", batch_size=8), trains(toy, "accumulated", **small)
+    one = trains(toy, "one", batch_size=8)
+    arguments = toy(run_id="two", batch_size=2, gradient_accumulation=4)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-               str(ROOT / "train_gpt2_fusion.py"), *toy(**small, run_id="two")]
+               str(ROOT / "train_gpt2_fusion.py"), *arguments]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("stage 2  step     3/3  loss") == 1  # process 0 alone speaks
-    for other in (accumulated, Run.named("two")):
-        for event, key in (("step", "loss"), ("step", "grad_norm"), ("validation", "perplexity")):
-            mine, others = ([line[key] for line in r.metrics(event)] for r in (one, other))
-            assert mine == pytest.approx(others, rel=1e-5, abs=1e-5), key
-        for tensors, others in zip(weights(one), weights(other), strict=True):
-            for name, tensor in tensors.items():  # AdamW enlarges what rounding does
-                assert (tensor - others[name]).abs().mean() < 1e-6, name
+    two = Run.named("two")
+    for event, key in (("step", "loss"), ("step", "grad_norm"), ("validation", "cross_entropy")):
+        mine, others = ([line[key] for line in run.metrics(event)] for run in (one, two))
+        assert mine == pytest.approx(others, abs=1e-5), key
+    for tensors, others in zip(weights(one), weights(two), strict=True):
+        for name, tensor in tensors.items():  # AdamW enlarges what rounding does
+            assert (tensor - others[name]).abs().mean() < 1e-6, name
 
 
 def test_mistakes_end_in_one_line_and_lose_nothing(toy, monkeypatch, capsys):
-    """As a user makes them, with --overwrite: an earlier run stays where it is, until all is well."""
+    """As a user makes them, with --overwrite: an earlier run is moved only when all is well."""
     run = trains(toy, max_steps=4)
     flip(run.checkpoint, 100)  # even a damaged one
-    Path("file").write_text("")
     Path("short.txt").write_text("One paragraph.\n\nAnd another.")
     before = contents(Path())
     for mistake, word in [
         ("--config none.yaml", "none.yaml"), ("--preset tini", "tiny"), ("--resume none", "none"),
         ("--verbose", "--help"), ("training.learning_rate=1", "training.learning_rate"),
-        ("lr=fast", "training.lr"), ("n_heads=3", "n_heads"), ("block_size=3", "block_size"),
-        ("max_steps=2", "max_steps"), ("device=gpu", "cpu"), ("source=none.txt", "none.txt"),
-        ("source=short.txt", "short.txt"), ("batch_size=1000000", "batch_size"),
-        ("init_from=/nowhere", "/nowhere"), ("folder=file", "Not a directory"),
-        ("batch_size=5", "2 processes"),
+        ("lr=fast", "training.lr"), ("max_steps=2", "max_steps"), ("device=gpu", "cpu"),
+        ("source=none.txt", "none.txt"), ("source=short.txt", "short.txt"),
+        ("init_from=/nowhere", "/nowhere"), ("batch_size=5", "2 processes"),
     ]:  # fmt: skip
         monkeypatch.setattr(train, "world_size", lambda: 1 + (mistake == "batch_size=5"))
         fails(train.main, [*toy(), "--overwrite", *mistake.split()], capsys, word)
@@ -534,5 +516,5 @@ def test_mistakes_end_in_one_line_and_lose_nothing(toy, monkeypatch, capsys):
         assert train.main([*toy(max_steps=4, seed=number), "--overwrite"]) == 0
         assert f"toy.old-{number}" in capsys.readouterr().out
     old = contents(Path("checkpoints/toy.old-1"))
-    assert old.values() and {*old.values()} <= {*before.values()}
+    assert len(old) == 5 and {*old.values()} <= {*before.values()}
     assert [state_of(name).config.seed for name in ("toy.old-2", "toy")] == [1, 2]
