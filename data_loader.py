@@ -183,7 +183,7 @@ def read_tensors(path, sealed=True):
     """Read what `write_tensors` wrote or, not sealed, anyone's safetensors file.
 
     Tensors are views of the mapped file, not copies. Nothing is executed, and torch itself refuses
-    a view that would reach beyond the file.
+    a view that does not fit.
 
     Returns:
         tensors, facts, seal (the last two None if not sealed). UserError: damaged, or no such file.
@@ -205,6 +205,8 @@ def read_tensors(path, sealed=True):
             facts = json.loads(metadata["facts"])
         for name, entry in header.items():
             first, end = entry["data_offsets"]
+            if not 0 <= first <= end <= len(data) - start:  # a slice would be cut to fit
+                raise ValueError(f"{name:.80} reaches beyond the file")
             part, dtype = data[start + first : start + end], DTYPES[entry["dtype"]]
             if part.storage_offset() % dtype.itemsize:  # torch cannot view what is not aligned
                 part = part.clone()
@@ -511,10 +513,9 @@ class Run:
         """The lines of one event in metrics.jsonl, as dicts."""
         whole = self.metrics_file.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
         try:
-            lines = [json.loads(line) for line in whole]
-        except ValueError as error:
-            raise UserError(f"{self.metrics_file} is damaged ({error}); restore it") from None
-        return [line for line in lines if line["event"] == event]
+            return [line for line in map(json.loads, whole) if line["event"] == event]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.metrics_file} is damaged ({error!r}); restore it") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -557,10 +558,9 @@ def tokenizer(vocab_size):
     Merges are ordered and the 256 bytes come first, so every prefix of them is a lossless BPE.
     Encode text with `encode_ordinary`. UserError unless 257 <= vocab_size <= 50257.
 
-    Another tokenizer goes here: an object with n_vocab = vocab_size, eot_token = vocab_size - 1,
-    encode_ordinary, encode_ordinary_batch, decode and decode_single_token_bytes, and ids below
-    65,536. Change what stands under "merges" in `load_tokens` with it, so that no tokens of the
-    old one are used.
+    Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode_ordinary,
+    encode_ordinary_batch, decode and decode_single_token_bytes, and ids below 65,536. Change what
+    stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used.
     """
     if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")

@@ -40,7 +40,7 @@ import lora
 import quant
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, tokenizer,
                          validation_rows, write_json)
-from model import GPT, compute_type, exit_of, noise_of_rows, pick_device, sample, score
+from model import GPT, exit_of, noise_of_rows, pick_device, sample, score
 from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_run, load_run,
                                memory, perplexity, print_stages, print_table)
 
@@ -267,14 +267,9 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         time.sleep(0.1 if clear else 0)
 
     x = begin(prompt, length, config)
-    ids, _ = sample(expanded(model), x, order, window, watch=show if watch else lambda x: None,
+    ids, _ = sample(quant.expand(model), x, order, window, watch=show if watch else lambda x: None,
                     **how)
     return encoding.decode(ids[0, 1:].tolist())
-
-
-def expanded(model):
-    """`quant.expand` in the model's compute type."""
-    return quant.expand(model, compute_type(model.wte.weight.device, model.config.compute_type))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,7 +286,7 @@ def report(run, device, precision=None, full=False):
     config = state.config
     train, val, digest = load_tokens(config, state.tokens_sha256)
     rows = validation_rows(val, config.seq_len, None if full else ROWS)
-    fast = expanded(model)
+    fast = quant.expand(model)
     by_row, time_steps = losses_by_row(fast, rows)
     errors = {name: standard_error(values) for name, values in by_row.items()}
     if config.time_step_masking:
@@ -347,8 +342,8 @@ def print_texts(model, val, best):
         show(f"written left to right, from exit {exit_k}",
              write(model, order="left-to-right", exit_k=exit_k, seed=seed))
     encoding = tokenizer(model.config.vocab_size)
-    passage = encoding.decode(val[:64].tolist()).partition("<|endoftext|>")[0]
-    show("real text, from validation", passage)
+    passage = itertools.takewhile(lambda token: token != encoding.eot_token, val[:64].tolist())
+    show("real text, from validation", encoding.decode([*passage]))
 
 
 def evaluation(run):
@@ -418,7 +413,7 @@ def precision_table(run, device):
         exact = exact if table else linears
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
-        losses, _ = losses_by_row(expanded(model), rows)
+        losses, _ = losses_by_row(quant.expand(model), rows)
         row = {"storage": kind, "layers_mib": stored / MIB, "bits_per_weight": 8 * stored / count,
                "signal_to_noise_db": signal_to_noise(linears, exact)}  # fmt: skip
         row |= {name: values.mean().item() for name, values in losses.items()}
@@ -487,7 +482,7 @@ def plot_loss(axes, run, config, colour):
 
 def plot_exits(axes, run, model, state, colour):
     """CE(m) of every exit, also outside its own band; marked, with errors, where it owns m."""
-    config, model = state.config, expanded(model)
+    config, model = state.config, quant.expand(model)
     val = load_tokens(config, state.tokens_sha256)[1]
     rows = validation_rows(val, config.seq_len, PLOT_ROWS)
     noise = noise_of_rows(len(rows), config.seq_len, config.seed)
@@ -536,13 +531,13 @@ def export(run, folder, exit_k=None, precision=None):
 def number(kind, low, high=10**9):
     """For argparse: an int or float from `low` to `high`."""
 
-    def parse(text):
+    def checked(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return kind(text)
 
-    parse.__name__ = kind.__name__
-    return parse
+    checked.__name__ = kind.__name__  # for argparse's own message
+    return checked
 
 
 def parse(argv):

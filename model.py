@@ -292,18 +292,18 @@ def stratified(time_steps, n_rows, offset):
     return torch.tensor([time_steps[(r + offset) % len(time_steps)] for r in range(n_rows)])
 
 
-def corrupt(x_0, mask_fraction, uniform, mask_id):
+def corrupt(x_0, mask_fraction, noise, mask_id):
     """q(x_t | x_0, m): each position i >= 1 becomes [MASK] independently with probability m.
 
     Args:
         x_0: text, (B, T).
         mask_fraction: m of each row, (B,).
-        uniform: numbers drawn from U[0, 1), (B, T).
+        noise: numbers drawn from U[0, 1), (B, T).
 
     Returns:
         x_t (B, T) and the mask (B, T), True where a token was replaced. Position 0 never is.
     """
-    mask = uniform < mask_fraction[:, None]  # (B, T)
+    mask = noise < mask_fraction[:, None]  # (B, T)
     mask[:, 0] = False
     return x_0.masked_fill(mask, mask_id), mask
 
@@ -394,9 +394,9 @@ def score(model, rows, mask_fraction, exit_k, noise, batch_size=1):
     """
     device = model.wte.weight.device
     ce, accuracy = [], []
-    for x_0, m, uniform in zip(*(t.split(batch_size) for t in (rows, mask_fraction, noise))):
+    for x_0, m, u in zip(*(t.split(batch_size) for t in (rows, mask_fraction, noise))):
         x_0, m = x_0.to(device), m.to(device)  # (batch_size, T), (batch_size,)
-        x_t, mask = corrupt(x_0, m, uniform.to(device), model.config.mask_id)
+        x_t, mask = corrupt(x_0, m, u.to(device), model.config.mask_id)
         _, by_row, hit = diffusion_loss(model, x_0, x_t, mask, m, exit_k)
         ce.append(by_row)
         accuracy.append(hit)
@@ -449,9 +449,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, targets, weights, weight, vocab_size, need_h, need_W):
+    def forward(ctx, hidden, targets, weights, head, vocab_size, need_h, need_W):
         dtype = product_dtype(hidden)
-        h, W = hidden.to(dtype), weight.to(dtype)  # (N, d), (V, d)
+        h, W = hidden.to(dtype), head.to(dtype)  # (N, d), (V, d)
         ce = torch.empty(len(h), device=h.device)  # (N,)
         hit = torch.zeros(len(h), dtype=torch.bool, device=h.device)  # (N,)
         grad_h = torch.empty_like(hidden) if need_h else None
@@ -484,7 +484,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_h[part] = summed * weights[part, None]  # (chunk, d)
             if need_W:
                 scaled = h_part * (weights[part, None] * scale).to(dtype)  # (chunk, d)
-                grad_W = torch.zeros_like(weight) if grad_W is None else grad_W
+                grad_W = torch.zeros_like(head) if grad_W is None else grad_W
                 for rows in slices:
                     grad_W[rows].add_(p[:, rows].T @ scaled, alpha=1 / scale)
         ctx.save_for_backward(grad_h, grad_W)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_loader import UserError
-from model import product_dtype
+from model import compute_type, product_dtype
 
 KINDS = ("fp32", "fp16", "int4", "nf4")
 GROUP = 64  # weights of a row that share a scale
@@ -95,9 +95,9 @@ def _to_nf4(groups):
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # all groups may be equal
     codes = deviation / scale.repeat_interleave(ABSMAX_GROUP)[: len(deviation)]
     codes = codes.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = {"absmax_codes": codes.view(absmax.shape), "absmax_scale": scale,
-              "absmax_center": center}  # fmt: skip
-    stored = _absmax(*scales.values()).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    codes = codes.view(absmax.shape)
+    stored = _absmax(codes, scale, center).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    scales = {"absmax_codes": codes, "absmax_scale": scale, "absmax_center": center}
     levels = torch.tensor(NF4_LEVELS)
     return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), scales
 
@@ -157,8 +157,9 @@ class QuantLinear(nn.Module):
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         if not all(t.isfinite().all() for t in (self.dequantize(), *self.buffers())):
-            raise ValueError(f"weights up to {float(linear.weight.abs().max()):.3g} or the bias "
-                             f"are too large for {kind}, or not finite")
+            largest = float(linear.weight.detach().abs().max())
+            raise ValueError(f"weights up to {largest:.3g} do not fit into {kind}, or the bias is "
+                             "not finite")
 
     @property
     def nbytes(self):
@@ -214,12 +215,13 @@ def freeze_block(model, block, kind):
             embedding.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def expand(model, dtype=torch.float32):
+def expand(model, dtype=None):
     """A copy of a model for many passes over single rows, with the same figures to the last bit.
 
-    Stored linears become dense ones in the compute type `dtype` and the head's weight is converted
-    once: four-bit codes save memory in training, but every pass would expand them again.
+    Stored linears become dense ones in `dtype` (None: the model's compute type) and the head's
+    weight is converted once: codes save memory, but every pass would expand them again.
     """
+    dtype = dtype or compute_type(model.wte.weight.device, model.config.compute_type)
     model = copy.deepcopy(model).eval()
     for name, module in [*model.named_modules()]:
         if isinstance(module, QuantLinear):

@@ -117,7 +117,7 @@ def learning_rate_share(step, stage, config):
 # 2. Beginning and ending a stage
 
 
-def grow(model, pretrained=None):
+def add_block(model, pretrained=None):
     """Append the next block, with fresh weights or with those of `model.read_pretrained`."""
     # A block's layers start as a function of (seed, block) alone, whatever ran before.
     torch.manual_seed(1000 * model.config.seed + 1 + model.blocks)
@@ -140,21 +140,21 @@ def begin_stage(model, stage):
     if stage.plain_qlora and model.mask_row is None:
         model.add_mask_row()
     exit_norm = [*model.exit_norms[stage.block].parameters()]
-    adapters = [*lora.adapter_parameters(model, stage.block).values()]
+    at_qlora_lr = [*lora.adapter_parameters(model, stage.block).values()]
     if stage.plain_qlora:
-        others, adapters = [], [model.mask_row, *adapters, *exit_norm]
+        at_lr, at_qlora_lr = [], [model.mask_row, *at_qlora_lr, *exit_norm]
     else:
-        others = exit_norm + [p for i in stage.layers for p in model.h[i].parameters()]
-        others += [model.wte.weight, model.wpe.weight] if stage.embeddings else []
+        at_lr = exit_norm + [p for i in stage.layers for p in model.h[i].parameters()]
+        at_lr += [model.wte.weight, model.wpe.weight] if stage.embeddings else []
     model.requires_grad_(False)
-    for parameter in others + adapters:
+    for parameter in at_lr + at_qlora_lr:
         parameter.requires_grad_(True)
     train_mode(model, stage)
     groups = [
         # Biases and LayerNorms are not decayed (GPT-2's habit, after Loshchilov and Hutter 2019).
-        {"params": [p for p in others if p.dim() == 2], "lr": config.lr},
-        {"params": [p for p in others if p.dim() < 2], "lr": config.lr, "weight_decay": 0.0},
-        {"params": adapters, "lr": config.qlora_lr, "weight_decay": 0.0},
+        {"params": [p for p in at_lr if p.dim() == 2], "lr": config.lr},
+        {"params": [p for p in at_lr if p.dim() < 2], "lr": config.lr, "weight_decay": 0.0},
+        {"params": at_qlora_lr, "lr": config.qlora_lr, "weight_decay": 0.0},
     ]
     groups = [group | {"peak_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
@@ -175,8 +175,10 @@ def train_mode(model, stage):
 def store_blocks(run, state, model, blocks):
     """Back up blocks, verified on disk, then convert them in place.
 
-    From here on no stage changes what their exits compute: later stages train other parameters,
-    and adapters act only while their own exit is read (`GPT.choose_adapters`).
+    From here on no stage changes what their exits compute, not by one bit: what is stored has no
+    gradient, `begin_stage` trains only the new block, its exit norm and its adapters, the forward
+    pass to exit k stops after block k (`GPT.hidden`), and there only adapters k act
+    (`GPT.choose_adapters`).
     """
     for block in blocks:
         state.backups.append(back_up(run, state, model, block) if rank() == 0 else "")
@@ -194,6 +196,10 @@ def store_blocks(run, state, model, blocks):
 def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, signals):
     """Train all stages, or what the state leaves of them. -> False if asked to stop
 
+    Between two stages. On disk: the backup of the block, a line in metrics.jsonl, a checkpoint
+    that holds no weights but the seals of all backups. In memory: the optimizer goes, the block
+    becomes codes, the next block is appended and trained with adapters on those before.
+
     Args:
         optimizer_tensors: {name: tensor} from `load_run`, in the middle of a stage.
         pretrained: from `read_pretrained`, or None. signals: the list of `noted_signals`.
@@ -203,7 +209,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
     for stage in stages[state.stage :]:
         keep_freed_memory(return_now=True)  # the stage before held more
         while model.blocks <= stage.block:
-            grow(model, pretrained)
+            add_block(model, pretrained)
         if stage.plain_qlora and not state.backups:
             store_blocks(run, state, model, [0])
         optimizer = begin_stage(model, stage)
@@ -275,8 +281,8 @@ def batch_of(tokens, config, stage, step):
     x_0 = training_rows(tokens, config.seq_len, rows, config.seed, stage.block, step)
     rng = np.random.default_rng([config.seed, stage.block, step, 1])
     mask_fraction = stratified(stage.time_steps, rows, int(rng.integers(len(stage.time_steps))))
-    uniform = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
-    x_t, mask = corrupt(x_0, mask_fraction, uniform, config.mask_id)
+    noise = torch.from_numpy(rng.random(x_0.shape, dtype=np.float32))  # (B, T)
+    x_t, mask = corrupt(x_0, mask_fraction, noise, config.mask_id)
     return x_0, x_t, mask, mask_fraction
 
 
@@ -524,8 +530,10 @@ def read_checkpoint(run):
 def load_run(run, device="cpu", precision=None, checkpoint=None):
     """Rebuild a run as of its last checkpoint: the only way to a run's model.
 
-    Finished blocks come from their backups and are stored in `precision` (None: the run's own
-    quantization_type), all else from the checkpoint, in fp32.
+    First the checkpoint is read, for the state; then each finished block's backup, whose seal the
+    state knows, and the block is stored in `precision` (None: the run's own quantization_type);
+    last come, from the checkpoint, the blocks in training, in fp32, and the optimizer. A run that
+    has just begun has only a state.
 
     Args:
         checkpoint: (State, tensors) where they have been read already.
@@ -537,7 +545,7 @@ def load_run(run, device="cpu", precision=None, checkpoint=None):
     config = state.config
     if precision and not state.finished:
         raise UserError(f"run {run.name} has not ended; a precision needs all of its backups")
-    torch.manual_seed(1000 * config.seed)  # the embeddings'; the blocks' follow in `grow`
+    torch.manual_seed(1000 * config.seed)  # the embeddings'; the blocks' follow in `add_block`
     model = GPT(config, blocks=0)
     for block, seal in enumerate(state.backups):
         path = run.backup(block)
@@ -589,7 +597,7 @@ def load_optimizer(optimizer, model, tensors):
         owner, _, key = name.rpartition(".")
         p = parameters[owner]
         optimizer.state[p][key] = tensor.to(p.device, copy=True)
-    tensors.clear()  # they are views of the checkpoint's file
+    tensors.clear()  # the next stage has a state of its own; and these are views of the file
 
 
 # ---------------------------------------------------------------------------------------------

@@ -105,10 +105,10 @@ def ours(config, index, tokens, device):
     stages = train.fusion_schedule(config)
     model = GPT(config, blocks=0).to(device)
     for stage in stages[:index]:  # as if the stages before had run
-        train.grow(model)
+        train.add_block(model)
         train.begin_stage(model, stage)
         quant.freeze_block(model, stage.block, config.quantization_type)
-    train.grow(model)
+    train.add_block(model)
     optimizer = train.begin_stage(model, stages[index])
     loss_of = train.stage_loss(model, stages[index])
     in_fp16 = compute_type(device, config.compute_type) == torch.float16

@@ -35,7 +35,7 @@ import data_loader
 import evaluate_gpt2
 import train_gpt2_fusion as train
 from data_loader import Parser, Run, UserError, load_config, one_line_errors, read_tensors
-from evaluate_gpt2 import positive
+from evaluate_gpt2 import number
 from model import GPT
 
 EVERY_STEP = {"max_steps": 36, "checkpoint_interval": 1, "log_interval": 1, "eval_interval": 6}
@@ -220,7 +220,7 @@ CAMPAIGNS = {"kills": (kills, 48), "flips": (flips, 17_600), "steps": (steps, 20
 def main(argv):
     parser = Parser(description="Long campaigns on toy runs.")
     parser.add_argument("campaign", nargs="?", choices=CAMPAIGNS, help="default: all of them")
-    parser.add_argument("--count", type=positive, metavar="N", help="kills, flips or steps in all")
+    parser.add_argument("--count", type=number(int, 1), metavar="N", help="kills, flips or steps in all")
     args = parser.parse_args(argv)
     failed = 0
     for name in [args.campaign] if args.campaign else CAMPAIGNS:

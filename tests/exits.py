@@ -17,15 +17,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import Parser, Run, load_tokens, one_line_errors, validation_rows
-from evaluate_gpt2 import ROWS, expanded, score_at, standard_error
+from evaluate_gpt2 import ROWS, score_at, standard_error
 from model import exit_of, noise_of_rows, pick_device
+from quant import expand
 from train_gpt2_fusion import load_run, print_table
 
 
 def bands(run, device):
     """{owner: CE (exits, time steps, rows)} of a run, its time steps by the exit that owns them."""
     model, state, _ = load_run(run, device)
-    config, model = state.config, expanded(model)
+    config, model = state.config, expand(model)
     val = load_tokens(config, state.tokens_sha256)[1]
     rows = validation_rows(val, config.seq_len, ROWS)
     noise = noise_of_rows(len(rows), config.seq_len, config.seed)

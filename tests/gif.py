@@ -15,8 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import Parser, Run, UserError, one_line_errors, tokenizer
-from evaluate_gpt2 import WINDOW, begin, expanded
+from evaluate_gpt2 import WINDOW, begin
 from model import sample
+from quant import expand
 from train_gpt2_fusion import load_run
 
 PROMPT, MASK, HEADING, GROUND = "#f0f0f0", "#606060", "#a0a0a0", "#161616"
@@ -85,7 +86,7 @@ def main(argv):
     parser.add_argument("--to", default="sample.gif", metavar="FILE", help="default: sample.gif")
     args = parser.parse_args(argv)
     model, _, _ = load_run(Run.named(args.run))
-    write_gif(frames_of(expanded(model), args.prompt, args.seed), args.to)
+    write_gif(frames_of(expand(model), args.prompt, args.seed), args.to)
     print(f"written to {args.to}")
 
 

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, validation_rows,
                          write_json)  # fmt: skip
-from evaluate_gpt2 import begin, expanded, left_to_right, positive
+from evaluate_gpt2 import begin, left_to_right, number
 from model import pick_device, sample
+from quant import expand
 from train_gpt2_fusion import load_run, print_table
 
 WINDOWS = (1, 2, 4, 8, 16, 32, None)
@@ -60,7 +61,7 @@ def load_judge(run, config, length, device):
                         f"{config.vocab_size}")
     if theirs.seq_len <= length:
         raise UserError(f"the judge reads {theirs.seq_len} tokens: give --length")
-    return expanded(judge)
+    return expand(judge)
 
 
 def ways_of(model):
@@ -100,8 +101,8 @@ def main(argv):
     parser = Parser(description="Every way to sample from a run, measured.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--judge", metavar="RUN", help="causal run that scores the samples")
-    parser.add_argument("--samples", type=positive, default=8, metavar="N", help="each (8)")
-    parser.add_argument("--length", type=positive, metavar="N", help="tokens (all that fit)")
+    parser.add_argument("--samples", type=number(int, 1), default=8, metavar="N", help="each (8)")
+    parser.add_argument("--length", type=number(int, 1), metavar="N", help="tokens (all that fit)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(argv)
@@ -114,7 +115,7 @@ def main(argv):
     judge = judge_run and load_judge(judge_run, config, length, device)
     val = load_tokens(config, state.tokens_sha256)[1]
     rows = validation_rows(val, length + 1, args.samples)
-    table = measure(expanded(model), x, args.seed, judge)
+    table = measure(expand(model), x, args.seed, judge)
     table.append({"order": "validation text", **text_figures(rows, judge)})
     result = {"samples": args.samples, "tokens": length, "judge": judge_run and judge_run.name}
     print("; ".join(f"{key}: {value}" for key, value in result.items()) + "\n")

@@ -16,6 +16,7 @@ from test_model import BOTH, GOLDEN, TOY, toy_model
 
 import evaluate_gpt2 as e
 import lora
+import quant
 import train_gpt2_fusion as train
 from data_loader import Run, UserError, load_tokens, read_tensors, validation_rows, write_tensors
 from model import GPT, noise_of_rows, score
@@ -181,7 +182,7 @@ def test_unigram_by_hand():
 
 def test_standard_errors_are_over_the_rows(run):
     """That of the continuous bound is over its replicates, on the same rows."""
-    result, rows, model = evaluated(run), rows_of(run), e.expanded(train.load_run(run)[0])
+    result, rows, model = evaluated(run), rows_of(run), quant.expand(train.load_run(run)[0])
     losses, step = result["losses"], result["time_steps"][-2]
     replicates = e.nelbo(model, rows, seed=0)  # (8, 8)
     ce, _ = e.score_at(model, rows, 0.99, 2, noise_of_rows(8, 32, 0))

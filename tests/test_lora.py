@@ -55,9 +55,9 @@ def test_a_new_adapter_is_the_identity(kind):
             lora.add_adapters(model, 2, range(4), rank=8, alpha=16, dropout=0.1)
             assert all(map(torch.equal, before, read(model)))
     parameters = lora.adapter_parameters(model, 2).values()
-    assert len(parameters) == 2 * 4 * 4  # A and B, four linears, four layers before exit 2
     assert all(p.requires_grad and p.dtype == torch.float32 for p in parameters)
     assert sum(p.numel() for p in parameters) == 4 * 8 * (D + 3 * D + D + D + D + 4 * D + 4 * D + D)
+    assert not any("lora_" in name for name in model.block_parameters(0))
     A = math.sqrt(D) * model.h[0].attn.c_attn.lora_A["2"].detach()  # uniform in [-1, 1]
     assert A.abs().max() <= 1 and float(A.std()) == pytest.approx(1 / math.sqrt(3), rel=0.1)
 
@@ -73,7 +73,7 @@ def test_exits_are_independent_bit_for_bit(kind):
     both = read(model)
     assert [*map(torch.equal, both, one)] == [True, True, False]
     randomize(first, 3)
-    assert torch.equal(read(model)[2], both[2])
+    assert [*map(torch.equal, read(model), both)] == [True, False, True]
 
 
 def test_adapters_are_a_function_of_the_seed_and_the_exit():

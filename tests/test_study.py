@@ -1,5 +1,6 @@
 """The study of the claims: its rows can be trained, the exercises fit the code, the table."""
 
+import copy
 import functools
 import json
 import runpy
@@ -21,7 +22,8 @@ EVERY = {row: settings for group in study.rows().values() for row, settings in g
 
 
 def test_every_row_is_a_valid_configuration_and_measured_ones_name_todays_command(monkeypatch):
-    monkeypatch.setattr(data_loader, "read_yaml", functools.cache(data_loader.read_yaml))
+    files = functools.cache(data_loader.read_yaml)
+    monkeypatch.setattr(data_loader, "read_yaml", lambda path: copy.deepcopy(files(path)))
     for row, settings in EVERY.items():
         words = study.arguments(row, settings)
         config = load_config(preset="tiny" if "tiny" in words else None,
@@ -57,7 +59,7 @@ def test_every_patch_says_what_and_why_and_changes_what_it_names(copies):
 
 
 # A toy in each copy, in a fork, so that torch is imported once for all of them. It is stopped and
-# resumed in its last stage; what stands on disk at its end must be what was trained.
+# resumed in its last stage; what stands on disk, there and at the end, must be what was trained.
 TRAIN_THEM_ALL = """
 import os, sys
 import numpy, tiktoken, torch, torch.utils.checkpoint, yaml
@@ -75,10 +77,11 @@ for folder in sys.argv[1].split(","):
         models.append(model) or train(run, state, model, *rest))
     training.asked_to_stop = lambda signals: len(models) == 1 and models[0].blocks == 3
     kind = "quantization_type=" + ("fp8" if folder.endswith("fp8") else "int4")
-    assert training.main([*sys.argv[2:], kind]) == 130
-    assert training.main(["--resume", "toy"]) == 0
-    loaded, rows = training.load_run(training.Run.named("toy"))[0], torch.arange(32)[None]
-    assert all(torch.equal(models[1].eval()(rows, k), loaded(rows, k)) for k in range(3))
+    rows = torch.arange(32)[None]
+    for arguments, status in (([*sys.argv[2:], kind], 130), (["--resume", "toy"], 0)):
+        assert training.main(arguments) == status
+        loaded = training.load_run(training.Run.named("toy"))[0]
+        assert all(torch.equal(models[-1].eval()(rows, k), loaded(rows, k)) for k in range(3))
     print(folder, *evaluate_gpt2.losses_by_row(loaded, rows)[0], file=sys.stderr)
     os._exit(0)  # nothing of the parent is to be undone
 """

@@ -143,7 +143,7 @@ def test_a_later_stage_changes_nothing_that_an_earlier_exit_computes():
     config = toy_config(quantization_type="int4", batch_size=4, qlora_lr=1e-2, dropout=0.1)
     model, idx, remembered = GPT(config, blocks=0), torch.randint(257, (2, 16)), []
     for stage in train.fusion_schedule(config):
-        train.grow(model)
+        train.add_block(model)
         optimizer = train.begin_stage(model, stage)
         assert model.blocks == stage.block + 1  # blocks not yet reached are not in memory
         assert [layer.training for layer in model.h] == [False] * stage.block + [True]  # dropout
@@ -250,7 +250,7 @@ def test_a_run_comes_back_from_disk_bit_for_bit(tmp_path):
     config = toy_config(quantization_type="int4", batch_size=4)
     run, model, state = Run(tmp_path), GPT(config, blocks=0), train.State(config, "0" * 64)
     for stage in train.fusion_schedule(config):
-        train.grow(model)
+        train.add_block(model)
         optimizer = train.begin_stage(model, stage)
         one_step(model, stage, optimizer)
         (tmp_path / "eval.json").write_text("of the model before")
