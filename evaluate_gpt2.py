@@ -276,13 +276,13 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
 # 3. Tables
 
 
-def report(run, device, precision=None, full=False):
-    """Evaluate a run: write its figures to eval.json (eval_<precision>.json), print them and texts.
+def report(run, device, kind=None, full=False):
+    """Evaluate a run: write its figures to eval.json (eval_<kind>.json), print them and texts.
 
     Args:
-        precision: rebuild the run in this storage; full: score every row instead of ROWS of them.
+        kind: rebuild the run in this storage; full: score every row instead of ROWS of them.
     """
-    model, state, _ = load_run(run, device, precision)
+    model, state, _ = load_run(run, device, kind)
     config = state.config
     train, val, digest = load_tokens(config, state.tokens_sha256)
     rows = validation_rows(val, config.seq_len, None if full else ROWS)
@@ -302,11 +302,11 @@ def report(run, device, precision=None, full=False):
     stages = run.metrics("stage")
     result = {"losses": losses, "time_steps": time_steps, "rows": len(rows), "stages": stages,
               "tokens_sha256": digest, "config": vars(config)}  # fmt: skip
-    path = run.folder / (f"eval_{precision}.json" if precision else "eval.json")
+    path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
     write_json(path, result)
 
     print(f"\n{run.name}: {kind_of_run(config)}, weights in "
-          f"{precision or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
+          f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
           f"{len(rows)} validation rows of {config.source}, context {config.seq_len}\n")
     if not state.finished:
         print(f"training has not ended: {model.blocks} of {config.total_blocks} exits are there\n")
@@ -515,14 +515,14 @@ def plot_memory(axes, run, config):
 # 5. The commands
 
 
-def export(run, folder, exit_k=None, precision=None):
+def export(run, folder, exit_k=None, kind=None):
     """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout."""
     folder = Path(folder).expanduser()
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} holds a model already; name a new folder")
-    model, _, _ = load_run(run, precision=precision)
+    model, _, _ = load_run(run, kind=kind)
     exit_k = model.exit_or_last(exit_k)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+    dtype = torch.float16 if kind == "fp16" else torch.float32
     lora.merge(model, exit_k).save_pretrained(folder, exit_k, dtype)
     print(f"exit {exit_k} of {run.name} written to {folder}: an ordinary GPT-2, without [MASK] and "
           "without the other exits")
@@ -570,7 +570,8 @@ OPTIONS = {
     "prompt": {"nargs": "?", "default": "", "help": "text to go on from; each ____ in it is a blank"
                " of one token to fill in"},
     "--run": {"help": "a name in checkpoints/ or a path; default: the newest"},
-    "--precision": {"choices": quant.KINDS, "help": "rebuild the run in this storage"},
+    "--precision": {"dest": "kind", "choices": quant.KINDS,
+                    "help": "rebuild the run in this storage"},
     "--full": {"action": "store_true", "help": "score every validation row, not 100"},
     "--to": {"metavar": "PNG", "help": "default: plot.png in the first run's folder"},
     "--exit": {"dest": "exit_k", "type": number(int, 0), "metavar": "K",
@@ -600,7 +601,7 @@ def main(argv):
     else:
         run = Run.named(args.run)
     if args.command == "report":
-        report(run, device, args.precision, args.full)
+        report(run, device, args.kind, args.full)
     elif args.command == "sample":
         model, _, _ = load_run(run, device)
         how = {key: value for key, value in vars(args).items()
@@ -613,7 +614,7 @@ def main(argv):
     elif args.command == "precision":
         write_json(run.folder / "precision.json", precision_table(run, device))
     else:
-        export(run, args.folder, args.exit_k, args.precision)
+        export(run, args.folder, args.exit_k, args.kind)
 
 
 if __name__ == "__main__":

@@ -516,7 +516,7 @@ def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     u = torch.rand(len(p), 1, generator=generator, device=p.device)
     ranked, order = p.topk(p.size(-1))  # (N, V), the largest first
     reached = ranked.cumsum(-1)  # (N, V)
-    kept = ((reached - ranked < top_p) & (ranked > 0)).sum(-1, keepdim=True)  # (N, 1), at least 1
+    kept = ((reached - ranked < top_p) & (ranked > 0)).sum(-1, keepdim=True)  # (N, 1), 1 or more
     # Inverse transform: the first token at which the sum passes u times the sum of what is kept.
     drawn = torch.searchsorted(reached, u * reached.gather(-1, kept - 1), right=True)  # (N, 1)
     return order.gather(-1, drawn.minimum(kept - 1)).squeeze(-1)

@@ -527,11 +527,11 @@ def read_checkpoint(run):
         raise UserError(f"{run.checkpoint}: of another version of this code ({error})") from None
 
 
-def load_run(run, device="cpu", precision=None, checkpoint=None):
+def load_run(run, device="cpu", kind=None, checkpoint=None):
     """Rebuild a run as of its last checkpoint: the only way to a run's model.
 
     First the checkpoint is read, for the state; then each finished block's backup, whose seal the
-    state knows, and the block is stored in `precision` (None: the run's own quantization_type);
+    state knows, and the block is stored in `kind` (None: the run's own quantization_type);
     last come, from the checkpoint, the blocks in training, in fp32, and the optimizer. A run that
     has just begun has only a state.
 
@@ -543,8 +543,8 @@ def load_run(run, device="cpu", precision=None, checkpoint=None):
     """
     state, tensors = checkpoint or read_checkpoint(run)
     config = state.config
-    if precision and not state.finished:
-        raise UserError(f"run {run.name} has not ended; a precision needs all of its backups")
+    if not (checkpoint or state.blocks) or (kind and not state.finished):
+        raise UserError(f"run {run.name} has not ended, this needs more of it: --resume {run}")
     torch.manual_seed(1000 * config.seed)  # the embeddings'; the blocks' follow in `add_block`
     model = GPT(config, blocks=0)
     for block, seal in enumerate(state.backups):
@@ -554,7 +554,7 @@ def load_run(run, device="cpu", precision=None, checkpoint=None):
             raise UserError(f"{path} is not the one that {run.checkpoint} counts on; put that back")
         model.grow()
         fill(model, stored, [block], path)
-        quant.freeze_block(model, block, precision or config.quantization_type)
+        quant.freeze_block(model, block, kind or config.quantization_type)
     unfinished = range(model.blocks, state.blocks)
     for _ in unfinished:
         model.grow()
