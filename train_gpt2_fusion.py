@@ -749,7 +749,7 @@ def resumed_config(stored, args):
 
 def begin_run(run, state):
     """Make a run's folder with a first checkpoint, an earlier one moved aside. -> its lock"""
-    if run.checkpoint.exists():
+    if run.checkpoint.exists() or run.backup(0).exists():
         run.lock().close()  # UserError: it is being trained
         number = 1
         while (aside := run.folder.with_name(f"{run.name}.old-{number}")).exists():

@@ -201,7 +201,7 @@ def test_a_table_has_text_left_and_numbers_right(capsys):
 
 
 @pytest.mark.parametrize("changes, names, orders", [
-    ({}, ["nelbo_12", *EXITS, "nelbo", "unigram"], ["confidence", "left-to-right"]),
+    ({}, ["nelbo_12", "nelbo", *EXITS, "unigram"], ["confidence", "left-to-right"]),
     ({"attention_mode": "bidirectional"}, ["nelbo_12", "nelbo", "unigram"], ["confidence"]),
     ({"time_step_masking": False}, [*EXITS, "unigram"], ["left-to-right"]),
 ])  # fmt: skip
@@ -244,7 +244,7 @@ def test_a_run_stopped_in_stage_1_can_be_evaluated_but_not_on_another_text(
     out(capsys, *name)
     result = evaluated(run)
     assert [step["block"] for step in result["time_steps"]] == [0] * 4 + [1] * 9
-    assert [*result["losses"]] == ["nelbo_12", *EXITS[:2], "nelbo", "unigram"]
+    assert [*result["losses"]] == ["nelbo_12", "nelbo", *EXITS[:2], "unigram"]
     text.write_text(text.read_text().replace("1.", "2.", 1))
     for command, word in (([], text), (["--precision", "int4"], "ended"),
                           (["sample", "--exit", "2"], "exit 2")):  # fmt: skip

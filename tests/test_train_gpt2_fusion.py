@@ -131,6 +131,25 @@ def test_the_learning_rate_warms_up_and_ends_at_its_share():
     assert shares[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_every_step_has_its_rate_and_its_dropout_and_gradients_are_clipped(toy, monkeypatch):
+    real, seen = train.train_step, []
+
+    def step(loss_of, optimizer, *arguments):
+        shares = {group["lr"] / group["peak_lr"] for group in optimizer.param_groups}
+        seen.append((len(shares), torch.initial_seed()))
+        return real(loss_of, optimizer, *arguments)
+
+    monkeypatch.setattr(train, "train_step", step)
+    run = trains(toy, qlora_dropout=0.1, max_steps=8, warmup_steps=0, weight_decay=0)
+    assert [groups for groups, _ in seen] == [1] * 8 == [len({seed}) for _, seed in seen]
+    assert len({seed for _, seed in seen}) == 8
+    start, clipped = (weights(trains(toy, name, grad_clip=1e-9, warmup_steps=0, weight_decay=0,
+                                     max_steps=steps))[0]["h.0.mlp.c_fc.weight"]
+                      for name, steps in (("start", 0), ("clipped", 8)))  # fmt: skip
+    moved = weights(run)[0]["h.0.mlp.c_fc.weight"] - start
+    assert (clipped - start).abs().max() < 1e-4 < moved.abs().max()
+
+
 def one_step(model, stage, optimizer, step=0):
     """A training step on random tokens."""
     tokens = np.random.default_rng(0).integers(0, 257, 5000).astype(np.uint16)
@@ -332,7 +351,7 @@ def test_plain_qlora(toy, pretrained):
 
 def test_a_killed_run_ends_as_one_that_was_never_stopped(toy, monkeypatch):
     """Logged every step but saved every second one, so that a kill leaves lines to cut off."""
-    for fusion, points in (("frozen", (4, 9, "backup")), ("trainable", ("backup",))):
+    for fusion, points in (("frozen", (7, 9, "backup")), ("trainable", ("backup",))):
         settings = INT4 | {"fusion_mode": fusion, "log_interval": 1, "eval_interval": 2}
         trains(toy, fusion, **settings)
         for point in points:
