@@ -458,7 +458,7 @@ def plot(runs, path, device):
                 title="training loss; dotted: a stage begins")
     axes[1].set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per token",
                 title=f"every exit, {PLOT_ROWS} rows; marked where it owns m")
-    axes[2].set(ylabel="MiB", title="held by training; dashed: by all layers at once")
+    axes[2].set(ylabel="MiB", title="held by training; line: by all layers at once")
     axes[2].tick_params(axis="x", labelrotation=30)
     for panel in axes:
         panel.grid(alpha=0.3)
@@ -491,7 +491,8 @@ def plot_exits(axes, run, model, state, colour):
     for exit_k in range(model.blocks):
         by_row = [score_at(model, rows, m, exit_k, noise)[0] for m in steps]
         ce, line = [values.mean().item() for values in by_row], colour or f"C{exit_k}"
-        axes.plot(steps, ce, "--", color=line, linewidth=1, label=f"{run.name}, exit {exit_k}")
+        label = f"exit {exit_k}" if not colour else None if exit_k else run.name
+        axes.plot(steps, ce, "--", color=line, linewidth=1, label=label)
         own = [(m, mean, standard_error(values) or 0) for m, mean, values in zip(steps, ce, by_row)
                if m == 0 or exit_of(m, model) == exit_k]  # fmt: skip
         axes.errorbar(*zip(*own), color=line, fmt="os^Dv"[exit_k % 5], capsize=3)
