@@ -221,12 +221,12 @@ def read_tensors(path, sealed=True):
 def read_text(path):
     """A UTF-8 file as str, without byte-order mark. UserError if it is binary or not UTF-8."""
     data = Path(path).read_bytes()
-    if b"\0" in data:
-        raise UserError(f"{path}: binary (NUL at position {data.index(0)}): give a UTF-8 text")
     try:
+        if b"\0" in data:
+            raise ValueError(f"binary, a NUL at position {data.index(0)}")
         return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}): save it as UTF-8") from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path}: not a UTF-8 text ({error}); save it as one") from error
 
 
 # ---------------------------------------------------------------------------------------------

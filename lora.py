@@ -65,20 +65,21 @@ class LoRALinear(nn.Module):
         return out + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
 
 
-def add_adapters(model, exit_k, layers, rank, alpha, dropout=0.0, seed=0):
+def add_adapters(model, exit_k, layers):
     """Put an adapter for `exit_k` on every linear of some layers (their numbers).
 
-    The A are a function of seed and exit; all is fp32 and trainable.
+    Rank, alpha and dropout are those of model.config, the A a function of its seed and the exit;
+    all is fp32 and trainable.
     """
-    generator = torch.Generator().manual_seed(seed * 1000 + exit_k)
+    config = model.config
+    generator = torch.Generator().manual_seed(1000 * config.seed + exit_k)
     for i in layers:
         for name, module in [*model.h[i].named_modules()]:
             if isinstance(module, (nn.Linear, QuantLinear)) and not name.endswith(".base"):
-                module = LoRALinear(module, rank, alpha, dropout).train(model.training)
+                module = LoRALinear(module, config.qlora_rank, config.qlora_alpha,
+                                    config.qlora_dropout).train(model.training)
                 model.h[i].set_submodule(name, module)
             if isinstance(module, LoRALinear):
-                if (module.rank, module.scale) != (rank, alpha / rank):
-                    raise ValueError(f"h.{i}.{name}: has adapters of another rank or alpha")
                 module.add(exit_k, generator)
 
 

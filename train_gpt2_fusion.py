@@ -135,8 +135,7 @@ def begin_stage(model, stage):
     """
     config = model.config
     if stage.adapted and not lora.adapter_parameters(model, stage.block):
-        lora.add_adapters(model, stage.block, stage.adapted, config.qlora_rank, config.qlora_alpha,
-                          config.qlora_dropout, config.seed)
+        lora.add_adapters(model, stage.block, stage.adapted)
     if stage.plain_qlora and model.mask_row is None:
         model.add_mask_row()
     exit_norm = [*model.exit_norms[stage.block].parameters()]
@@ -570,18 +569,13 @@ def fill(model, tensors, blocks, path):
     UserError where one is missing, unknown or of another shape; `load_state_dict(strict=False)`
     alone would say nothing, as the other blocks are not in this file.
     """
-    config, adapted = model.config, {}  # adapted: exit -> layers
-    for name in tensors:
-        if ".lora_" in name:
-            _, layer, *_, exit_k = name.split(".")
-            adapted.setdefault(int(exit_k), set()).add(int(layer))
-    for exit_k, layers in adapted.items():
-        lora.add_adapters(model, exit_k, sorted(layers), config.qlora_rank, config.qlora_alpha,
-                          config.qlora_dropout)
+    needed = {name for block in blocks for name in model.block_parameters(block)}
+    for stage in fusion_schedule(model.config):
+        if any(name.endswith(f".lora_A.{stage.block}") for name in tensors):
+            lora.add_adapters(model, stage.block, stage.adapted)
+            needed |= lora.adapter_parameters(model, stage.block).keys()
     if "mask_row" in tensors:
         model.add_mask_row()
-    needed = {name for block in blocks for name in model.block_parameters(block)}
-    needed |= {name for exit_k in adapted for name in lora.adapter_parameters(model, exit_k)}
     try:
         unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
         if unknown or needed - tensors.keys():

@@ -157,9 +157,10 @@ def test_the_compute_type_is_autocasts_and_the_graph_keeps_neither_dense_weight_
 @EACH_KIND
 def test_a_finished_block_is_frozen_the_others_train_on_and_expanding_changes_no_bit(kind):
     torch.manual_seed(10)
-    model, plain, idx = GPT(toy_config()).train(), GPT(toy_config()), torch.arange(16)[None]
+    config = toy_config(qlora_rank=2, qlora_alpha=4.0)
+    model, plain, idx = GPT(config).train(), GPT(config), torch.arange(16)[None]
     plain.load_state_dict(model.state_dict())
-    lora.add_adapters(model, 1, [0], rank=2, alpha=4.0)
+    lora.add_adapters(model, 1, [0])
     quant.freeze_block(model, 0, kind)
     embeddings = torch.float32 if kind == "fp32" else torch.float16
     assert model.wte.weight.dtype == model.wpe.weight.dtype == embeddings
