@@ -220,7 +220,7 @@ CAMPAIGNS = {"kills": (kills, 48), "flips": (flips, 17_600), "steps": (steps, 20
 def main(argv):
     parser = Parser(description="Long campaigns on toy runs.")
     parser.add_argument("campaign", nargs="?", choices=CAMPAIGNS, help="default: all of them")
-    parser.add_argument("--count", type=number(int, 1), metavar="N", help="kills, flips or steps in all")
+    parser.add_argument("--count", type=number(int, 1), metavar="N", help="kills, flips or steps")
     args = parser.parse_args(argv)
     failed = 0
     for name in [args.campaign] if args.campaign else CAMPAIGNS:
