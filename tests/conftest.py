@@ -1,10 +1,13 @@
 """What the tests share: the repository on the path, toy sizes, a toy run's settings."""
 
+import os
 import random
 import shutil
 import signal
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests ask for the bits of a CPU, wherever they run
 
 import pytest
 import torch
