@@ -346,7 +346,7 @@ def token_weights(mask, mask_fraction, causal):
     return mask[:, 1:] / (mask_fraction[:, None] * n)
 
 
-def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None):
+def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None, n_masked=None):
     """The stage loss: mean over rows of the estimate of CE(m), read at exit `exit_k`.
 
     A plain mean: the weights m_i - m_(i-1) of the bound are left to the evaluation. Every time step
@@ -357,6 +357,7 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None):
         x_0, x_t, mask: (B, T) from `corrupt`; mask_fraction: (B,).
         rows: number to divide by (None: B). With micro-batches, the rows of all of them, so that
             their losses and gradients add up.
+        n_masked: masks behind position 0, if known: a GPU need not be waited for to count them.
 
     Returns:
         loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's
@@ -368,7 +369,8 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None):
         weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
         scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
         rows = rows or len(x_0)
-        loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored)
+        loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored,
+                                           n_masked)  # fmt: skip
     n_scored = mask.size(1) - 1 if causal else scored.sum(1).clamp(min=1)  # of each row
     return loss, (ce * weights).sum(1), hit.sum(1) / n_scored
 
@@ -406,12 +408,13 @@ def score(model, rows, mask_fraction, exit_k, noise, batch_size=1):
 # What follows in this section is there for speed and memory; the mathematics is above.
 
 
-def tied_cross_entropy(model, hidden, targets, weights, scored=None):
+def tied_cross_entropy(model, hidden, targets, weights, scored=None, n_scored=None):
     """sum of weights * (-log softmax(hidden W^T)[targets]), W the tied head, without its logits.
 
     Args:
         hidden: (B, S, d); targets: (B, S) ids below vocab_size; weights: (B, S), 0 where not
-            scored; scored: (B, S) bool, where the head is needed at all (None: everywhere).
+            scored; scored: (B, S) bool, where the head is needed at all (None: everywhere);
+            n_scored: how many that are, if known.
 
     Returns:
         loss, differentiable in hidden and W; the cross-entropies in nats (B, S), detached, 0 where
@@ -420,8 +423,8 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None):
     W = model.tied_weight()
     flat = [hidden.flatten(0, 1), targets.flatten(), weights.flatten()]  # (B S, ...)
     if scored is not None:
-        index = scored.flatten().nonzero().squeeze(1)  # (N,)
-        n = len(index)
+        n = int(scored.sum()) if n_scored is None else n_scored
+        index = scored.flatten().nonzero_static(size=n).squeeze(1)  # (N,)
         # Matrix libraries prepare a kernel for every size that they meet, and keep hundreds of
         # them: the number of masks is rounded up to a multiple of 64, with positions of weight 0.
         index = F.pad(index, (0, -n % 64))
@@ -437,8 +440,8 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None):
     return loss, ce, hit
 
 
-CHUNK = 512  # positions whose logits exist at one time
-SLICE = 8192  # rows of W in one product: libraries copy a factor, and a share of grad_W exists
+CHUNK = 512  # positions whose logits exist at one time; on a GPU, which wants few launches, 2048
+SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -458,10 +461,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = None
         # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
         scale = 2.0 ** len(h).bit_length()
-        buffer = h.new_empty(min(CHUNK, len(h)), len(W))  # one chunk's logits, then softmax
-        slices = [slice(j, j + SLICE) for j in range(0, len(W), SLICE)]
-        for i in range(0, len(h), CHUNK):
-            part = slice(i, i + CHUNK)
+        chunk, width = (2048, len(W)) if h.is_cuda else (CHUNK, SLICE)
+        buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
+        slices = [slice(j, j + width) for j in range(0, len(W), width)]
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
             h_part, target = h[part], targets[part, None]  # (chunk, d), (chunk, 1)
             logits = buffer[: len(h_part)]  # (chunk, V)
             for rows in slices:

@@ -294,13 +294,15 @@ def train_step(loss_of, optimizer, scaler, batch, config, device):
     Returns:
         CE estimates of the slice's rows (B,) and the gradient norm before clipping, on the device.
     """
-    batch = slice_of(batch, device)
+    here = slice_of(batch)
+    batch = to_device(here, device)
     rows, by_row = len(batch[0]), []
     for i in range(0, rows, config.batch_size):  # gradient accumulation
         micro = [t[i : i + config.batch_size] for t in batch]
+        n_masked = int(here[2][i : i + config.batch_size, 1:].sum())
         last = i + config.batch_size >= rows  # with it gradients are averaged over processes
         with contextlib.nullcontext() if last or world_size() == 1 else loss_of.no_sync():
-            loss, ce, _ = loss_of(*micro, rows=rows)
+            loss, ce, _ = loss_of(*micro, rows=rows, n_masked=n_masked)
             scaler.scale(loss).backward()
         by_row.append(ce)
     scaler.unscale_(optimizer)
@@ -635,10 +637,14 @@ def gathered(values):
     return torch.cat(parts)
 
 
-def slice_of(batch, device):
-    """This process's rows of a batch, on its device."""
+def slice_of(batch):
+    """This process's rows of a batch."""
     rows = len(batch[0]) // world_size()
-    batch = [t[rank() * rows : (rank() + 1) * rows] for t in batch]
+    return [t[rank() * rows : (rank() + 1) * rows] for t in batch]
+
+
+def to_device(batch, device):
+    """A batch on the device; a GPU fetches it while the CPU goes on."""
     if device.type == "cuda":
         batch = [t.pin_memory() for t in batch]
     return [t.to(device, non_blocking=True) for t in batch]
@@ -651,8 +657,9 @@ class StageLoss(nn.Module):
         super().__init__()
         self.model, self.exit_k = model, stage.block
 
-    def forward(self, x_0, x_t, mask, mask_fraction, rows):
-        return diffusion_loss(self.model, x_0, x_t, mask, mask_fraction, self.exit_k, rows)
+    def forward(self, x_0, x_t, mask, mask_fraction, rows, n_masked):
+        return diffusion_loss(self.model, x_0, x_t, mask, mask_fraction, self.exit_k, rows,
+                              n_masked)  # fmt: skip
 
 
 def stage_loss(model, stage):

@@ -252,15 +252,21 @@ def test_a_hopeless_prediction_has_a_finite_cost_and_a_frozen_head_no_gradient()
     assert hidden.grad[0, 0].tolist() == pytest.approx([300, 0])
 
 
-def test_a_causal_training_step_never_waits_for_a_number_of_masks(monkeypatch):
-    """nonzero makes a GPU's queue run empty. Bidirectional training needs it; causal does not."""
-    x_0, fractions = text(40), torch.full((40,), 0.5)
+def test_a_training_step_never_waits_for_a_number_of_masks(monkeypatch):
+    """Reading one back makes a GPU's queue run empty: whoever made the masks has counted them."""
+    x_0, fractions, both = text(40), torch.full((40,), 0.5), "bidirectional"
     x_t, mask = corrupt(x_0, fractions, noise(40), MASK)
-    for name in ("torch.nonzero", "torch.Tensor.nonzero"):
+    n_masked, batch = int(mask[:, 1:].sum()), (x_0, x_t, mask, fractions, 1)
+    counted = diffusion_loss(toy_model(attention_mode=both), *batch)[0]
+    models = [toy_model(), toy_model(attention_mode=both)]
+    for name in ("torch.nonzero", "torch.Tensor.nonzero", "torch.Tensor.__int__"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("waits"))
-    diffusion_loss(toy_model(), x_0, x_t, mask, fractions, 1)[0].backward()
+    for model in models:
+        loss = diffusion_loss(model, *batch, n_masked=n_masked)[0]
+        loss.backward()
+    assert torch.equal(loss, counted)
     with pytest.raises(pytest.fail.Exception, match="waits"):
-        diffusion_loss(toy_model(attention_mode="bidirectional"), x_0, x_t, mask, fractions, 1)
+        diffusion_loss(models[1], *batch)
 
 
 def test_a_reverse_step_reveals_the_scheduled_share_and_changes_nothing_else():
