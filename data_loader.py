@@ -239,7 +239,7 @@ CHOICES = {
     "mode": ("fused", "standard"),
     "fusion_mode": ("frozen", "trainable"),
     "quantization_type": ("fp32", "fp16", "int4", "nf4"),
-    "gradient_checkpointing": ("frozen", "none", "all"),
+    "gradient_checkpointing": ("auto", "frozen", "none", "all"),
     "compute_type": ("auto", "fp32", "bf16", "fp16"),
 }
 RANGES = {  # from, to; both are allowed

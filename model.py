@@ -222,6 +222,8 @@ class GPT(nn.Module):
         """Whether the backward pass computes a layer's activations anew instead of keeping them."""
         frozen = not layer.ln_1.weight.requires_grad  # under adapters; without any, none are kept
         mode = self.config.gradient_checkpointing
+        if mode == "auto":
+            mode = "none" if self.wte.weight.is_cuda else "frozen"
         return mode == "all" or (mode == "frozen" and frozen)
 
     def head(self, hidden):
@@ -369,8 +371,8 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None, n_ma
         weights = token_weights(mask, mask_fraction, causal)  # (B, T-1)
         scored = None if causal else mask[:, 1:]  # (B, T-1); None: every position
         rows = rows or len(x_0)
-        loss, ce, hit = tied_cross_entropy(model, hidden, x_0[:, 1:], weights / rows, scored,
-                                           n_masked)  # fmt: skip
+        target = x_0[:, 1:]  # (B, T-1)
+        loss, ce, hit = tied_cross_entropy(model, hidden, target, weights / rows, scored, n_masked)
     n_scored = mask.size(1) - 1 if causal else scored.sum(1).clamp(min=1)  # of each row
     return loss, (ce * weights).sum(1), hit.sum(1) / n_scored
 
