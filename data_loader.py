@@ -255,6 +255,10 @@ RANGES = {  # from, to; both are allowed
 }  # fmt: skip
 
 
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+         list: "a list of numbers"}  # fmt: skip
+
+
 class Config:
     """Every key of gpt2.yaml as an attribute: `config.lr`, `config.d_model`. Lists are tuples.
 
@@ -276,9 +280,8 @@ class Config:
                 setattr(self, key, typed(value, defaults[key]))
             except (OverflowError, TypeError):
                 like = defaults[key]
-                kind = "a list of numbers" if isinstance(like, list) else type(like).__name__
-                raise UserError(f"{sections[key]}.{key} must be {kind} (gpt2.yaml: {like}), not "
-                                f"{value!r}") from None
+                raise UserError(f"{sections[key]}.{key} must be {TYPES[type(like)]} (gpt2.yaml has "
+                                f"{like}), not {value!r}") from None
         if self.mode == "standard":
             self.total_blocks, self.block_size = 1, self.n_layers
             self.block_mask_ranges = ((0.0, 1.0),)
@@ -357,7 +360,9 @@ def parse_yaml(text, where):
     try:
         return yaml.load(text, YamlLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from error
 
 
 def read_yaml(path):
@@ -427,7 +432,8 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
     for section, key, value in entries:
         if key not in sections or section not in ("", sections[key]):
             nearest = difflib.get_close_matches(key, sections, 1, cutoff=0)[0]
-            raise UserError(f"no key {section}.{key}: did you mean {sections[nearest]}.{nearest}?")
+            wrong = f"{section}.{key}".lstrip(".")
+            raise UserError(f"no key {wrong}: did you mean {sections[nearest]}.{nearest}?")
         values[key] = value
     return Config(values)
 
