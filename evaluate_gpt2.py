@@ -350,8 +350,9 @@ def evaluation(run):
     """What a run's eval.json holds. UserError where it is missing or damaged."""
     path = run.folder / "eval.json"
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        result = json.loads(path.read_bytes())
+        return {key: result[key] for key in ("losses", "stages", "rows", "config", "tokens_sha256")}
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         again = f"python evaluate_gpt2.py --run {run}"
         raise UserError(f"{path} is missing or damaged; {again}") from None
 

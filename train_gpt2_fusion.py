@@ -778,8 +778,9 @@ def noted_signals():
         if number == signal.SIGINT and number in signals:
             raise KeyboardInterrupt
         signals.append(number)
-        with contextlib.suppress(OSError):  # not by print, which a signal may have interrupted
-            os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
+        if rank() == 0:
+            with contextlib.suppress(OSError):  # not by print, which a signal may have interrupted
+                os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
 
     every = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
              if hasattr(signal, name)]  # fmt: skip
