@@ -455,7 +455,7 @@ class Run:
     """
 
     def __init__(self, folder):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.name = self.folder.name
         self.checkpoint = self.folder / "checkpoint.safetensors"
         self.metrics_file = self.folder / "metrics.jsonl"
@@ -584,7 +584,7 @@ def source_files(source):
     if source == "sotu":
         read_committed(CORPUS, CORPUS_SHA256)
         return [CORPUS]
-    source = Path(source).expanduser()
+    source = Path(os.path.expanduser(source))
     files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"data.source={source}: give a .txt, a .jsonl, a folder of .txt, or sotu")
@@ -656,7 +656,7 @@ def load_tokens(config, expected=None):
         sums.update(hashlib.sha256(path.read_bytes()).digest())
     made_from = {"text": config.source, "text_sha256": sums.hexdigest(), "merges": MERGES_SHA256,
                  "vocab_size": config.vocab_size, "num_examples": config.num_examples}  # fmt: skip
-    path = Path(config.token_folder).expanduser() / f"tokens_{config.vocab_size}.safetensors"
+    path = Path(os.path.expanduser(config.token_folder)) / f"tokens_{config.vocab_size}.safetensors"
     tokens, facts = {}, None
     with contextlib.suppress(FileNotFoundError, UserError):
         tokens, facts, _ = read_tensors(path)

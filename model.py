@@ -21,6 +21,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import urllib.request
 from pathlib import Path
 
@@ -665,7 +666,7 @@ GPT2_URL = "https://huggingface.co/openai-community/gpt2/resolve/main/"
 
 def read_sizes(folder):
     """{our key: size} of the config.json of a GPT-2. UserError for what this network cannot do."""
-    path = Path(folder).expanduser() / "config.json"
+    path = Path(os.path.expanduser(folder)) / "config.json"
     try:
         description = json.loads(path.read_bytes())
         for key, value in PRETRAINED_FIXED.items():
@@ -691,7 +692,7 @@ def read_pretrained(folder, config):
     UserError or OSError (no such file, no network), in one line that names the file.
     """
     if folder == "gpt2" and not Path("gpt2").exists():
-        folder = fetch_gpt2(Path(config.token_folder).expanduser() / "gpt2")
+        folder = fetch_gpt2(Path(os.path.expanduser(config.token_folder)) / "gpt2")
     sizes = read_sizes(folder)
     positions = sizes["seq_len"]
     if type(positions) is int and positions > config.seq_len:
@@ -699,7 +700,7 @@ def read_pretrained(folder, config):
     differ = [f"model.{key}={size}" for key, size in sizes.items() if size != getattr(config, key)]
     if differ:
         raise UserError(f"to start from the weights in {folder}, set {' '.join(differ)}")
-    file = Path(folder).expanduser() / "model.safetensors"
+    file = Path(os.path.expanduser(folder)) / "model.safetensors"
     tensors = {}
     for name, tensor in read_tensors(file, sealed=False)[0].items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, as a buffer
