@@ -306,7 +306,7 @@ def report(run, device, kind=None, full=False):
     path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
     write_json(path, result)
 
-    print(f"\n{run.name}: {kind_of_run(config)}, weights in "
+    print(f"\n{run.name}: {kind_of_run(config)}, finished blocks in "
           f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
           f"{len(rows)} validation rows of {config.source}, context {config.seq_len}\n")
     if not state.finished:
@@ -336,7 +336,7 @@ def print_texts(model, val, best):
 
     seed = model.config.seed
     if model.config.time_step_masking:
-        show(f"written by diffusion, {WINDOW} tokens at a time, the surest first",
+        show(f"written by diffusion, in windows of {WINDOW} tokens, the surest first",
              write(model, order="confidence", seed=seed))
     if best:
         exit_k = int(best.rpartition("_")[2])
