@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate_gpt2
 import quant
 import train_gpt2_fusion as train
-from data_loader import Parser, Run, load_config, one_line_errors, read_tensors, write_json
+from data_loader import Parser, Run, one_line_errors, write_json
 from model import GPT, pick_device
 
 GOLDEN = ROOT / "tests" / "gpt2_golden"
@@ -63,9 +63,8 @@ def right(device, toy):
     """Yield (what, figure); a part fails by an exception."""
     idx = torch.arange(24).view(2, 12) % 90
     model = GPT.from_pretrained(GOLDEN)
-    model.config = model.config.replace(compute_type="fp32")
     expected = model(idx).detach()
-    logits = model.to(device)(idx).detach().cpu()
+    logits = model.to(device)(idx.to(device)).detach().cpu()
     real = expected.isfinite()
     error = (logits[real] - expected[real]).abs().max().item()
     assert error < 1e-4, error
@@ -107,23 +106,25 @@ def right(device, toy):
 
 def waits(device, toy):
     """Yield each kind whose training steps run without one wait."""
-    real_step = train.train_step
+    real_step, before = train.train_step, []
 
-    def step(*args):
-        if device.type == "cuda":
+    def step(loss_of, optimizer, *args):
+        # The first step of a stage may copy a table, once.
+        checks = device.type == "cuda" and before[-1:] == [optimizer]
+        before.append(optimizer)
+        if checks:
             torch.cuda.set_sync_debug_mode("error")
         try:
-            return real_step(*args)
+            return real_step(loss_of, optimizer, *args)
         finally:
-            if device.type == "cuda":
+            if checks:
                 torch.cuda.set_sync_debug_mode("default")
 
     train.train_step = step
     with tempfile.TemporaryDirectory() as folder:
         for name, changes in KINDS.items():
-            if "fp16" not in name:  # the scaler itself reads back whether a step overflowed
-                assert train.main(arguments(folder, name, changes, device)) == 0
-                yield name, "none"
+            assert train.main(arguments(folder, name, changes, device)) == 0
+            yield name, "none"
 
 
 def whole(preset, device, toy):

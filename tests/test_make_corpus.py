@@ -1,7 +1,6 @@
 """What the recipe of the corpus does to a text. (That it gives the same bytes needs a network.)"""
 
 import subprocess
-import sys
 import zipfile
 from hashlib import sha256
 
