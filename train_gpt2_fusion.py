@@ -223,9 +223,9 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
         record(run, "stage", stage=stage.block, steps=stage.steps, seconds=state.seconds,
                tokens=stage.steps * tokens_per_step(config), **held,
                peak_mib=state.peak_mib or None)  # fmt: skip
-        if stage.stored:
-            say(f"backed up, verified, and now stored in {config.quantization_type}: "
-                f"{len(state.backups)} of {config.total_blocks} blocks\n")
+        stored = (f"backed up, verified, and now stored in {config.quantization_type}: "
+                  f"{len(state.backups)} of {config.total_blocks} blocks\n")
+        say(stored if stage.stored else "")
         state.stage, state.step, state.scaler = stage.block + 1, 0, {}
         state.seconds = state.peak_mib = 0.0
         save_run(run, state, model)
@@ -428,7 +428,7 @@ def print_plan(run, config, device, n_tokens):
     passes /= rows_in(n_tokens, config.seq_len)
     say(f"run {run.name}: {kind_of_run(config)}, {config.attention_mode}; {config.n_layers} layers "
         f"of {config.d_model}, context {config.seq_len}, vocabulary {config.vocab_size}\n"
-        f"{config.max_steps} steps of {tokens_per_step(config):,} tokens, {passes:.1f} passes over "
+        f"{config.max_steps} steps of {tokens_per_step(config):,} tokens, {passes:.2g} passes over "
         f"{config.source}; on {device}, products in {dtype}\n")
     rows = []
     for stage in fusion_schedule(config):
