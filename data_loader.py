@@ -241,6 +241,8 @@ CHOICES = {
     "quantization_type": ("fp32", "fp16", "int4", "nf4"),
     "gradient_checkpointing": ("auto", "frozen", "none", "all"),
     "compute_type": ("auto", "fp32", "bf16", "fp16"),
+    "moments": ("bf16", "fp32"),
+    "compile": ("auto", "true", "false"),
 }
 RANGES = {  # from, to; both are allowed
     "vocab_size": (2, 10**6), "d_model": (1, 10**6), "n_layers": (1, 10**6), "n_heads": (1, 10**6),
@@ -325,6 +327,8 @@ class Config:
             yield f"run_id must be a plain folder name, not {self.run_id!r}"
         if self.d_model % self.n_heads:
             yield f"n_heads {self.n_heads} does not divide d_model {self.d_model}"
+        if self.moments == "bf16" and self.beta2 > 0.99:
+            yield f"moments=bf16 needs beta2 of 0.99 or less, not {self.beta2:g}; or moments=fp32"
         if self.total_blocks * self.block_size != self.n_layers:
             yield "total_blocks x block_size must equal n_layers"
         if min(self.block_steps, default=0) <= 0:
@@ -395,6 +399,8 @@ def typed(value, like):
 
     An int will do for a float; a bool is no number, and nan and inf are none either.
     """
+    if isinstance(like, str) and isinstance(value, bool):  # `compile: true` beside auto
+        return str(value).lower()
     if isinstance(like, list) and isinstance(value, (list, tuple)):
         return tuple(typed(item, like[0]) for item in value)
     if type(like) is float and type(value) in (int, float) and math.isfinite(value):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import product_dtype
 from quant import QuantLinear, dense, expand
 
 
@@ -55,14 +56,14 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)."""
-        out = self.base(x)
         key = str(self.active_exit)
         if key not in self.lora_A:
-            return out
+            return self.base(x)
+        x = x.to(product_dtype(x))  # once, for both products
         A, B = self.lora_A[key].to(x.dtype), self.lora_B[key].to(x.dtype)
         # Scaled where the tensor is small. Adding in place is not allowed: base(x) may be a view
         # made inside QuantLinear's autograd function.
-        return out + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
+        return self.base(x) + F.linear(F.linear(self.dropout(x), A) * self.scale, B)
 
 
 def add_adapters(model, exit_k, layers):

@@ -20,6 +20,7 @@ Read from top to bottom:
 
 import contextlib
 import ctypes
+import importlib.util
 import math
 import os
 import signal
@@ -156,8 +157,19 @@ def begin_stage(model, stage):
         {"params": at_qlora_lr, "lr": config.qlora_lr, "weight_decay": 0.0},
     ]
     groups = [group | {"peak_lr": group["lr"]} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay,
-                             fused=True)
+    if compiles(model):
+        torch.compiler.reset()  # dynamo keeps 8 graphs of a function; this stage's are others
+        for layer in model.h:
+            layer.compile()
+    kind = AdamWInBf16 if config.moments == "bf16" else torch.optim.AdamW
+    return kind(groups, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
+
+
+def compiles(model):
+    """Whether torch.compile makes kernels of each layer. auto: on a GPU where Triton is there."""
+    if model.config.compile == "auto":
+        return model.wte.weight.is_cuda and importlib.util.find_spec("triton") is not None
+    return model.config.compile == "true"
 
 
 def train_mode(model, stage):
@@ -675,6 +687,60 @@ def stage_loss(model, stage):
 # 7. Memory
 
 
+class AdamWInBf16(torch.optim.AdamW):
+    """torch's fused AdamW, its two moments rounded to bf16 after each step: of the 16 bytes that
+    training holds for a parameter (weight, gradient, moments) 4 go.
+
+    The step itself computes in fp32, as DeepSeek-V3's does (arXiv 2412.19437, section 3.3.3). bf16
+    has 8 significant bits, so a moment that is to change by less than 1/512 of itself stays as it
+    is. A step takes the second one 1 - beta2 of the way to the new square, 1/20 by default, which
+    is far above that; beta2 over 0.99 is refused (`Config.faults`).
+    """
+
+    SLICE = 2**18  # elements in fp32 at one time, on a CPU; a GPU, where launches cost, takes all
+
+    @torch.no_grad()
+    def step(self):
+        """One step of every parameter."""
+        found_inf = getattr(self, "found_inf", None)  # of GradScaler: 1 where a step is skipped
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            states = [self.state_of(p) for p in trained]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            parts = []
+            for p, state in zip(trained, states):
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                size = p.numel() if p.is_cuda else self.SLICE
+                slices = zip(*(tensor.flatten().split(size) for tensor in tensors))
+                parts += [(*slice_, state["step"]) for slice_ in slices]
+            for some in [parts] if trained[0].is_cuda else ([part] for part in parts):
+                self.update(group, found_inf, *map(list, zip(*some)))
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def state_of(self, p):
+        """A parameter's state, made at its first step."""
+        if not self.state[p]:
+            moments = {key: torch.zeros_like(p, dtype=torch.bfloat16)
+                       for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+            self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+        return self.state[p]
+
+    def update(self, group, found_inf, weights, gradients, first, second, steps):
+        """AdamW in fp32 on lists of tensors, in place; `first` and `second` moments are bf16."""
+        wide = [[torch.empty_like(m, dtype=torch.float32) for m in kept]
+                for kept in (first, second)]  # fmt: skip
+        for target, source in zip(wide, (first, second)):
+            torch._foreach_copy_(target, source)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(weights, gradients, *wide, [], steps, lr=group["lr"], beta1=beta1,
+                            beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                            amsgrad=False, maximize=False, found_inf=found_inf)  # fmt: skip
+        for target, source in zip((first, second), wide):
+            torch._foreach_copy_(target, source)
+
+
 def memory(model, optimizer=None):
     """What training holds, in MiB, counted from the tensors: weights_mib, gradients_mib,
     optimizer_mib."""
@@ -735,7 +801,7 @@ def keep_freed_memory(return_now=False):
 # Keys that --resume may change: they alter what is reported or how it is computed, not the run
 # (but for rounding, and the masks of dropout, where the device changes).
 MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
-              "gradient_checkpointing", "token_folder"}  # fmt: skip
+              "gradient_checkpointing", "compile", "token_folder"}  # fmt: skip
 
 
 def resumed_config(stored, args):

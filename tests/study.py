@@ -120,6 +120,11 @@ mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=8700 lr=1e-3 seed={}
 embeddings-x{1,3,10}-fused-0       max_steps=2200 seed=0
 embeddings-x{1,3,10}-end-to-end-0  STANDARD max_steps=1040 seed=0
 embeddings-x{1,3,10}-next-token-0  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed=0
+[moments]  AdamW's moments between steps in two bytes and in four
+moments-bf16-fused-{0,1,2}       max_steps=2200 seed={}
+moments-fp32-fused-{0,1,2}       max_steps=2200 seed={} moments=fp32
+moments-bf16-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
+moments-fp32-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
 [pretrained]  after: evaluate_gpt2.py export next-token-gpt2 --run next-token-0 --precision fp32
 fused-from-gpt2  model.init_from=next-token-gpt2 max_steps=4600
 plain-qlora      model.init_from=next-token-gpt2 max_steps=4600 STANDARD

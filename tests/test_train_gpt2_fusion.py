@@ -65,7 +65,8 @@ def weights(run):
 def bits(tensors):
     """{name: hash} of {name: tensor} or of a model: equal only where every bit is."""
     tensors = tensors if isinstance(tensors, dict) else tensors.state_dict()
-    return {name: hash(t.detach().contiguous().numpy().tobytes()) for name, t in tensors.items()}
+    return {name: hash(t.detach().flatten().view(torch.uint8).numpy().tobytes())
+            for name, t in tensors.items()}  # fmt: skip
 
 
 def outcome(name="toy"):
@@ -239,7 +240,7 @@ def test_the_whole_run(toy, monkeypatch, capsys):
     frozen = 2 * embeddings + 2 * (2 * matrices + 4 * vectors) + adapters
     assert [[stage[f"{kind}_mib"] * train.MIB for kind in ("weights", "gradients", "optimizer")]
             for stage in (stages[0], stages[2])] == [
-        [first, first, 2 * first + 4 * 28], [frozen + third, third, 2 * third + 4 * 58]]
+        [first, first, first + 4 * 28], [frozen + third, third, third + 4 * 58]]
 
 
 @pytest.mark.parametrize("changes", [
