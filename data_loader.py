@@ -253,7 +253,7 @@ RANGES = {  # from, to; both are allowed
     "beta2": (0, 0.999999), "grad_clip": (1e-9, 1e9), "batch_size": (1, 10**6),
     "gradient_accumulation": (1, 10**6), "max_steps": (0, 10**9), "log_interval": (1, 10**9),
     "eval_interval": (1, 10**9), "eval_rows": (1, 10**9), "checkpoint_interval": (1, 10**9),
-    "seed": (0, 2**53), "num_examples": (10, 10**9),
+    "checkpoint_seconds": (0, 10**9), "seed": (0, 2**53), "num_examples": (10, 10**9),
 }  # fmt: skip
 
 

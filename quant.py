@@ -110,9 +110,14 @@ def _absmax(codes, scale, center):
     return (codes * scale.view(codes.shape) + center).clamp(min=0)
 
 
-@functools.lru_cache
+@torch.compiler.assume_constant_result  # torch.compile takes the table as it is
 def _pair_table(kind, dtype, device):
     """For each of the 256 bytes its two levels in `dtype`, seen as one integer: (256,)."""
+    return _new_pair_table(kind, dtype, device)
+
+
+@functools.lru_cache
+def _new_pair_table(kind, dtype, device):
     levels = torch.tensor(NF4_LEVELS) if kind == "nf4" else torch.arange(16.0)
     byte = torch.arange(256)
     pairs = levels[torch.stack([byte & 15, byte >> 4], dim=1)].to(dtype)  # (256, 2)

@@ -241,7 +241,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
         state.stage, state.step, state.scaler = stage.block + 1, 0, {}
         state.seconds = state.peak_mib = 0.0
         save_run(run, state, model)
-        if state.stage < len(stages) and asked_to_stop(signals):
+        if state.stage < len(stages) and in_any_process(signals):
             return False
     return True
 
@@ -255,6 +255,7 @@ def train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
     if state.scaler:
         scaler.load_state_dict(state.scaler)
     steps, since = [], time.perf_counter()  # the last log line
+    saved = time.monotonic()
     while state.step < stage.steps:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_share(state.step, stage, config)
@@ -265,17 +266,19 @@ def train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
         steps.append((batch, ce, grad_norm))
 
         last = state.step == stage.steps  # saved with the end of the stage
-        stop = asked_to_stop(signals) and not last
-        save = stop or (state.step % config.checkpoint_interval == 0 and not last)
+        stop = in_any_process(signals) and not last
+        may_save = stop or (state.step % config.checkpoint_interval == 0 and not last)
         validates = last or state.step % config.eval_interval == 0
-        if save or validates or state.step % config.log_interval == 0:
+        if may_save or validates or state.step % config.log_interval == 0:
             line = log_steps(run, state, stage, optimizer, scaler, steps, since)
             say(line + (validate(run, state, model, stage, val_rows) if validates else ""))
-            if save:
+            due = time.monotonic() - saved >= config.checkpoint_seconds
+            if may_save and in_any_process(stop or due):
                 state.scaler = scaler.state_dict()
                 watch_peak(state, device)
                 save_run(run, state, model, optimizer)
                 wait_for_all()  # for the checkpoint of process 0
+                saved = time.monotonic()
             if stop:
                 return False
             steps, since = [], time.perf_counter()
@@ -649,6 +652,11 @@ def gathered(values):
     return torch.cat(parts)
 
 
+def in_any_process(flag):
+    """Whether `flag` is true here or in another process: all stop, or save, at the same step."""
+    return bool(gathered(torch.tensor([bool(flag)])).any())
+
+
 def slice_of(batch):
     """This process's rows of a batch."""
     rows = len(batch[0]) // world_size()
@@ -800,8 +808,9 @@ def keep_freed_memory(return_now=False):
 
 # Keys that --resume may change: they alter what is reported or how it is computed, not the run
 # (but for rounding, and the masks of dropout, where the device changes).
-MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval", "device",
-              "gradient_checkpointing", "compile", "token_folder"}  # fmt: skip
+MAY_CHANGE = {"log_interval", "eval_interval", "eval_rows", "checkpoint_interval",
+              "checkpoint_seconds", "device", "gradient_checkpointing", "compile",
+              "token_folder"}  # fmt: skip
 
 
 def resumed_config(stored, args):
@@ -827,11 +836,6 @@ def begin_run(run, state):
     run.cut_metrics(0)
     save_run(run, state)
     return lock
-
-
-def asked_to_stop(signals):
-    """Whether a signal has reached this process or another: all stop at the same step."""
-    return bool(gathered(torch.tensor([len(signals)])).any())
 
 
 @contextlib.contextmanager

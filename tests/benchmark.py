@@ -82,12 +82,18 @@ def matmul_flops(stage, config):
     return per_token + (6 if stage.embeddings else 4) * d * config.padded_vocab_size * scored
 
 
-def matmul_rate(config, dtype, tokens=2048):
+def matmul_rate(config, dtype, device):
     """FLOP/s that this machine reaches in a product of the MLP's shape (median of 25)."""
-    x = torch.randn(tokens, config.d_model, dtype=dtype)
-    w = torch.randn(4 * config.d_model, config.d_model, dtype=dtype)
-    seconds = timed(lambda _: torch.nn.functional.linear(x, w), 26)
-    return 2 * x.numel() * len(w) / statistics.median(seconds)
+    tokens, times = (16384, 20) if device.type == "cuda" else (2048, 1)
+    x = torch.randn(tokens, config.d_model, dtype=dtype, device=device)
+    w = torch.randn(4 * config.d_model, config.d_model, dtype=dtype, device=device)
+
+    def products(_):
+        for _ in range(times):
+            out = torch.nn.functional.linear(x, w)
+        out[0, 0].item()  # on a GPU: wait for them
+
+    return 2 * x.numel() * len(w) * times / statistics.median(timed(products, 26))
 
 
 def timed(step, times):
@@ -142,6 +148,8 @@ def theirs(config, with_peft, tokens, device):
             target_modules=["c_attn", "c_proj", "c_fc"],
         ))  # fmt: skip
     model.to(device).train()
+    if c.compile == "true":
+        model.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=c.lr, fused=True)
 
@@ -181,8 +189,8 @@ def take_block(name, args):
     figures = {"seconds": timed(step, args.steps + 1), "tokens": train.tokens_per_step(config),
                "held_mib": sum(train.memory(model, optimizer).values()),
                "peak_mib": train.memory_mib(device)[1]}  # fmt: skip
-    if name not in REFERENCES and device.type == "cpu":  # where matmul_rate measures
-        rate = matmul_rate(config, compute_type(device, config.compute_type))
+    if name not in REFERENCES:
+        rate = matmul_rate(config, compute_type(device, config.compute_type), device)
         flops = matmul_flops(train.fusion_schedule(config)[index], config)
         figures["limit"] = rate / flops  # tokens/s, were all time spent in such products
     return figures

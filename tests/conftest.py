@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+WITH_GPU = dict(os.environ)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests ask for the bits of a CPU, wherever they run
 
 import pytest
@@ -17,6 +18,11 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # toy sizes: a second thread costs more than it brings
 
 WORDS = "the people of this union have seen peace and war in every state of our country".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"),
+                     help="cuda: also ask a GPU what only it can answer (tests/gpu.py)")  # fmt: skip
 
 
 def pytest_configure(config):
@@ -82,6 +88,7 @@ def toy_arguments(folder):
         "training.eval_interval": 4,
         "training.eval_rows": 4,
         "training.checkpoint_interval": 2,
+        "training.checkpoint_seconds": 0,
         "training.compute_type": "fp32",
         "training.device": "cpu",
         "training.run_id": "toy",

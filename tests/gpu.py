@@ -16,6 +16,7 @@ Each part is a process with a time limit; what it found is kept at once, and a t
 """
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -37,7 +38,8 @@ GOLDEN = ROOT / "tests" / "gpt2_golden"
 LIMITS = {"right": 180, "waits": 60, "tiny": 120, "speed": 300, "small": 300}  # seconds
 TOY_RUN = ["--preset", "tiny", "model.d_model=64", "model.n_heads=2", "model.seq_len=32",
            "training.max_steps=12", "training.block_steps=[1,1,1]", "training.log_interval=2",
-           "training.eval_rows=4", "training.checkpoint_interval=2"]  # fmt: skip
+           "training.eval_rows=4", "training.checkpoint_interval=2",
+           "training.checkpoint_seconds=0"]  # fmt: skip
 KINDS = {
     "int4, adapters, dropout": ["quantization_type=int4", "dropout=0.1", "qlora_dropout=0.1"],
     "bidirectional, nf4": ["attention_mode=bidirectional", "quantization_type=nf4"],
@@ -51,6 +53,7 @@ SIZES = {"8 x 256": [], "64 x 256": ["training.batch_size=64"],
          "16 x 1024": ["training.batch_size=16", "model.seq_len=1024"]}  # fmt: skip
 STEPS = ("stage 0", "stage 1", "stage 2", "standard", "standard, next-token")
 THEIRS = ("transformers", "transformers + peft")
+COMPILED = {"eager": "training.compile=false", "compiled": "training.compile=true"}
 
 
 def arguments(folder, name, changes, device):
@@ -148,19 +151,24 @@ def speed(device, toy):
     import benchmark
 
     there = all(map(importlib.util.find_spec, ("transformers", "peft")))
-    preset = ["--preset", "tiny"] if toy else []
-    for size, changes in SIZES.items():
-        changes = [*changes, "model.seq_len=32"] if toy else changes
-        for name in [*STEPS, *(THEIRS if there else ())]:
+    names, sizes, how = [*STEPS, *(THEIRS if there else ())], SIZES, []
+    if toy:  # kernels of a CPU take long to build: one size, and those of one kind of step
+        sizes, how = {"8 x 32": []}, ["--preset", "tiny", "model.seq_len=32"]
+    for size, changes in sizes.items():
+        for name, mode in itertools.product(names, COMPILED):
+            if toy and mode == "compiled" and name != "stage 2":
+                continue
+            what = f"{size}, {name}, {mode}"
             command = [sys.executable, benchmark.__file__, "--block", name, "--steps",
-                       "2" if toy else "10", *preset, *changes, f"training.device={device}"]
+                       "2" if toy else "10", *how, *changes, COMPILED[mode],
+                       f"training.device={device}"]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                yield f"{size}, {name}", (done.stderr.strip() or "failed").splitlines()[-1][-200:]
+                yield what, (done.stderr.strip() or "failed").splitlines()[-1][-200:]
                 continue
             row = benchmark.summary([json.loads(done.stdout)])
             kept = ("tokens_per_second", "share_of_limit", "held_mib", "peak_mib")
-            yield f"{size}, {name}", {key: row[key] for key in kept if key in row}
+            yield what, {key: row[key] for key in kept if key in row}
 
 
 PARTS = {

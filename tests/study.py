@@ -46,6 +46,7 @@ SHORT = {
     "TWO_LAYERS": "ONE_BLOCK model.n_layers=2",
     "LIGHT": "time_step_mask_fractions=[0.1,0.2,0.3,0.4]",
     "BOTH_WAYS": "model.attention_mode=bidirectional",
+    "MANY": "model.dropout=0.1 batch_size=64 max_steps=20000 eval_interval=500",
     "TUNED": "batch_size=16 block_steps=[8,1,1] qlora_lr=3e-3",
     "TRIED": "lr=1e-3 qlora_lr=3e-3",
     "OLDER": "data.source=checkpoints/older.jsonl data.token_folder=checkpoints/older-tokens",
@@ -158,6 +159,12 @@ both-ways-long           max_steps=88000 eval_interval=1000
 fused-4-1-1      max_steps=7100 block_steps=[4,1,1]
 fused-1-1-1      max_steps=5500 block_steps=[1,1,1]
 both-ways-1-1-1  max_steps=5500 block_steps=[1,1,1]
+[many-passes]  a hundred passes over the corpus: best on a GPU; judged at the best validation
+passes-fused                     MANY block_steps=[8,1,1] lr=1e-3
+passes-fused-bidirectional       MANY block_steps=[8,1,1] lr=1e-3 BOTH_WAYS
+passes-end-to-end                MANY STANDARD lr=1e-3
+passes-end-to-end-bidirectional  MANY STANDARD lr=1e-3 BOTH_WAYS
+passes-next-token                MANY STANDARD UNMASKED lr=2e-3
 [small-tuning]  an eleventh of the time of `small`
 small-tune-fused-{5e-4,1e-3}              max_steps=170 lr={}
 small-tune-end-to-end-{2.5e-4,5e-4,1e-3}  STANDARD max_steps=100 lr={}

@@ -151,6 +151,37 @@ def test_every_step_has_its_rate_and_its_dropout_and_gradients_are_clipped(toy, 
     assert (clipped - start).abs().max() < 1e-4 < moved.abs().max()
 
 
+def test_moments_in_bf16_change_adamw_by_their_rounding_alone(monkeypatch):
+    """Beside torch's AdamW in float64: the first step, which rounds nothing yet, and a hundred."""
+    monkeypatch.setattr(train.AdamWInBf16, "SLICE", 100)  # 217 weights: three slices, one shorter
+    target, after = torch.randn(7, 31, generator=torch.Generator().manual_seed(0)), {}
+    for kind, dtype in ((train.AdamWInBf16, torch.float32), (torch.optim.AdamW, torch.float64)):
+        w, unused = (torch.nn.Parameter(torch.ones(7, 31, dtype=dtype)) for _ in range(2))
+        groups = [{"params": [w, unused], "lr": 0.1}]
+        optimizer = kind(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        for step in range(1, 101):
+            groups[0]["lr"] = 0.1 / step
+            (w - target).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step in (1, 100):
+                after[dtype, step] = w.detach().double().clone()
+        assert optimizer.state[w]["step"] == 100 and unused.eq(1).all()
+    error = [(after[torch.float32, step] - after[torch.float64, step]).abs().max().item()
+             for step in (1, 100)]  # fmt: skip
+    assert error[0] < 1e-6 < 1e-4 < error[1] < 2e-2, error
+    assert (after[torch.float64, 100] - 1).abs().max() > 0.3
+    w, before = torch.nn.Parameter(torch.ones(300)), {}
+    optimizer = train.AdamWInBf16([w], fused=True)
+    for skipped in (0.0, 1.0):  # as GradScaler says it, where a gradient overflowed
+        w.grad, optimizer.found_inf = torch.ones(300), torch.tensor(skipped)
+        before = bits({"w": w} | optimizer.state[w])
+        optimizer.step()
+        assert (before == bits({"w": w} | optimizer.state[w])) == bool(skipped)
+    kinds = [optimizer.state[w][key].dtype for key in ("exp_avg", "exp_avg_sq", "step")]
+    assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
 def one_step(model, stage, optimizer, step=0):
     """A training step on random tokens."""
     tokens = np.random.default_rng(0).integers(0, 257, 5000).astype(np.uint16)
@@ -211,6 +242,38 @@ def test_recomputing_changes_nothing_but_memory(toy):
             model.hidden(torch.zeros(64, 16, dtype=torch.long), 2)
         kept.append(sum(sizes.values()))
     assert kept[2] < kept[1] / 2 < kept[0] / 4, kept  # four of six layers are frozen
+
+
+@pytest.mark.filterwarnings("error:.*lru_cache")
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """Traced as for a GPU, but run by torch: no kernel is built here."""
+    real, gradients = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: real(m, backend="aot_eager"))
+    for compiled in ("false", "true"):
+        config = toy_config(compile=compiled, n_layers=2, total_blocks=2, block_steps=(1, 1),
+                            block_mask_ranges=((0, 0.5), (0.5, 1)))  # fmt: skip
+        torch.manual_seed(0)
+        model, stage = GPT(config), train.fusion_schedule(config)[1]
+        quant.freeze_block(model, 0, "int4")
+        optimizer = train.begin_stage(model, stage)
+        monkeypatch.setattr(optimizer, "step", lambda: gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}))
+        one_step(model, stage, optimizer)
+        assert bool(torch._dynamo.utils.counters["stats"]) == (compiled == "true")
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    assert any("lora_B.1" in name for name in gradients[0])
+
+
+def test_checkpoints_are_apart_by_steps_and_by_seconds(toy, monkeypatch):
+    saved, real = [], train.save_run
+    monkeypatch.setattr(train, "save_run", lambda run, state, *rest: (
+        saved.append((state.stage, state.step)), real(run, state, *rest)))
+    ends = [(0, 0), (1, 0), (2, 0), (3, 0)]
+    for seconds, between in (0, [(0, 4)]), (10**6, []):
+        trains(toy, f"{seconds}", checkpoint_seconds=seconds, checkpoint_interval=4)
+        assert saved == sorted(ends + between)
+        saved.clear()
 
 
 def test_the_whole_run(toy, monkeypatch, capsys):
@@ -438,6 +501,7 @@ def test_resume_takes_a_run_as_it_was_or_not_at_all(toy, capsys):
     assert stored.items() <= contents(Path()).items()
     toy.folder.rename("elsewhere")
     may = ["log_interval=1", "eval_interval=3", "eval_rows=5", "checkpoint_interval=3",
+           "checkpoint_seconds=9", "compile=false",
            "gradient_checkpointing=all", "device=auto", "token_folder=tokens"]  # fmt: skip
     assert train.main(["--resume", "elsewhere", *may]) == 0
     assert [line["step"] for line in Run("elsewhere").metrics("step")] == [2, 4, 6, 2, 3, 1, 2, 3]
