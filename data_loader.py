@@ -532,6 +532,7 @@ CORPUS_SHA256 = "6170a8207e9c9a7ec25824bf7f047bf728e2e3670fc06ddf8aae55768955d5c
 MERGES = ROOT / "data" / "vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_VOCAB_SIZE = 50_257
+END = "<|endoftext|>"  # separates examples: our tokens, and many a text that others made
 
 
 def read_committed(path, sha256):
@@ -562,9 +563,10 @@ def tokenizer(vocab_size):
     """The first vocab_size - 1 ranks of GPT-2's BPE, then <|endoftext|> as id vocab_size - 1.
 
     Merges are ordered and the 256 bytes come first, so every prefix of them is a lossless BPE.
-    Encode text with `encode_ordinary`. UserError unless 257 <= vocab_size <= 50257.
+    Encode text with `encode_ordinary` or, where <|endoftext|> in it is that id, with `encode` and
+    allowed_special="all". UserError unless 257 <= vocab_size <= 50257.
 
-    Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode_ordinary,
+    Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode,
     encode_ordinary_batch, decode and decode_single_token_bytes, and ids below 65,536. Change what
     stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used.
     """
@@ -572,7 +574,7 @@ def tokenizer(vocab_size):
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")
     ranks = {token: rank for token, rank in gpt2_ranks().items() if rank < vocab_size - 1}
     return tiktoken.Encoding(f"gpt2_{vocab_size}", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": vocab_size - 1})
+                             special_tokens={END: vocab_size - 1})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -580,12 +582,18 @@ def tokenizer(vocab_size):
 
 
 def source_files(source):
-    """The files of data.source, in a fixed order. UserError if there are none."""
+    """The files of data.source, in a fixed order. UserError if there are none.
+
+    In a folder what begins with a dot is left out: copies that editors and systems keep there.
+    """
     if source == "sotu":
         read_committed(CORPUS, CORPUS_SHA256)
         return [CORPUS]
     source = Path(os.path.expanduser(source))
-    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    files = [source]
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*.txt")
+                       if "/." not in f"/{file.relative_to(source).as_posix()}")  # fmt: skip
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"data.source={source}: give a .txt, a .jsonl, a folder of .txt, or sotu")
     return files
@@ -594,26 +602,31 @@ def source_files(source):
 def read_file(path):
     """The examples of a file: [(text, "train", "val" or None where it does not say), ...].
 
-    Of a .jsonl each line, {"text": ..., "split": ...}; of any other file each paragraph, or each
-    line where there are no ten paragraphs. White space becomes single spaces.
+    Of a .jsonl each line, {"text": ..., "split": ...}; of any other file what <|endoftext|>
+    separates, else each paragraph, else each line: the first of them that gives ten. Wherever
+    <|endoftext|> stands, it ends an example. White space becomes single spaces.
     """
     text = read_text(path)
+    examples = []
     if path.suffix.lower() == ".jsonl":
-        examples = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 record = json.loads(line) if line.strip() else {"text": ""}
-                words, split = record["text"].encode().decode().split(), record.get("split")
+                parts, split = record["text"].encode().decode().split(END), record.get("split")
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                words, split = [], "?"
+                split = "?"
             if split not in ("train", "val", None):
                 raise UserError(f'{path}: line {number} must hold a "text" and, if you like, a '
                                 '"split" of train or val')
-            examples.append((" ".join(words), split))
+            examples += [(part, split) for part in parts]
     else:
-        texts = re.split(r"\n\s*\n", text)
-        texts = texts if len(texts) >= 10 else text.splitlines()
-        examples = [(" ".join(text.split()), None) for text in texts]
+        for or_else in ("", r"|\n\s*\n", r"|\r|\n"):
+            parts = re.split(re.escape(END) + or_else, text)
+            parts = [part for part in parts if re.search(r"\S", part)]
+            if len(parts) >= 10:
+                break
+        examples = [(part, None) for part in parts]
+    examples = [(" ".join(text.split()), split) for text, split in examples]
     return [(text, split) for text, split in examples if text]
 
 

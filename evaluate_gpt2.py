@@ -219,8 +219,9 @@ def bytes_of_tokens(vocab_size):
 def begin(prompt, length, config):
     """What sampling starts from: <|endoftext|>, the prompt, and [MASK] where text is to be written.
 
+    The prompt becomes what training read: its white space single spaces, <|endoftext|> one token.
     Each ____ (four underscores or more) in the prompt is a blank of one token, and then nothing is
-    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last ones.
+    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last one.
 
     Args:
         length: tokens to write behind a prompt without blanks (None: 64, or what there is room for)
@@ -229,11 +230,11 @@ def begin(prompt, length, config):
         (1, T) token ids. UserError where they would not fit into the context.
     """
     encoding = tokenizer(config.vocab_size)
-    *before, last = re.split("_{4,}", prompt)
+    *before, last = re.split("_{4,}", " ".join(prompt.split()))
     ids = [encoding.eot_token]
     for text in before:
-        ids += [*encoding.encode_ordinary(text.rstrip(" ")), config.mask_id]
-    ids += encoding.encode_ordinary(last)
+        ids += [*encoding.encode(text.rstrip(" "), allowed_special="all"), config.mask_id]
+    ids += encoding.encode(last, allowed_special="all")
     room = config.seq_len - len(ids)
     n_masks = 0 if before else length or max(1, min(64, room))
     if n_masks > room:

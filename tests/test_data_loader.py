@@ -306,7 +306,11 @@ def test_every_format_gives_the_same_examples_and_of_each_file_the_last_tenth(tm
         "dos.txt": "\r\n\r\n".join(spaced),
         "lines.md": "\n".join(p),
         "nine.txt": "\n\n".join("\n".join(p[i : i + 7]) for i in range(0, 60, 7)),
+        "stories.txt": "\n<|endoftext|>\n".join(text.replace("\n", "\n\n") for text in spaced),
+        "few.txt": "\n".join(p[:30]) + "<|endoftext|>" + "\r\n".join(p[30:]),
         "plain.jsonl": "\n".join(json.dumps({"text": text}) for text in spaced) + "\n\n",
+        "packed.jsonl": "\n".join(json.dumps({"text": "<|endoftext|>".join(p[i : i + 7])})
+                                  for i in range(0, 60, 7)),
         "split.jsonl": "\n".join(map(json.dumps, records[54:] + records[:54])),
     }.items():
         source = own_text(tmp_path, text, name).source
@@ -315,6 +319,9 @@ def test_every_format_gives_the_same_examples_and_of_each_file_the_last_tenth(tm
     for name, part in (("b.txt", p[:20]), ("a.txt", p[20:53]), ("c.md", p)):
         own_text(folder, "\n\n".join(part), name)
     own_text(folder / "d", "\n".join(p[53:]), "e.txt")  # seven: a tenth of all, still
+    for hidden in (folder, folder / "d", folder / ".d", folder / ".d" / "d"):  # not read
+        own_text(hidden, b"\0", ".e.txt" if hidden.name != "d" else "._e.txt")
+    own_text(folder / ".d", "\n".join(p), "e-checkpoint.txt")
     assert d.read_examples(str(folder), 1000) == {
         "train": p[20:50] + p[:18] + p[53:59], "val": p[50:53] + p[18:20] + p[59:]}  # fmt: skip
 

@@ -308,7 +308,9 @@ def test_a_prompt_becomes_tokens_and_masks():
     config, mask = TOY.replace(vocab_size=257, seq_len=16), [257]
     the, of, dot = map(e.tokenizer(257).encode_ordinary, ("the", " of", "."))
     for prompt, length, ids in (("the", None, the + mask * 12), ("the", 2, the + mask * 2),
-                                ("the ____ of_____.", 5, the + mask + of + mask + dot)):
+                                (" the\n ", 2, the + mask * 2),
+                                ("the<|endoftext|>the", 2, the + [256] + the + mask * 2),
+                                ("the ____\r\n of_____.", 5, the + mask + of + mask + dot)):
         assert e.begin(prompt, length, config).tolist() == [[256, *ids]]  # after <|endoftext|>
     for prompt, length in (("the", 13), ("", 16), ("the people of t", None), ("____ " * 16, 1)):
         with pytest.raises(UserError, match="at most 15 tokens"):
@@ -410,7 +412,7 @@ def test_mistakes_end_in_one_line(run, capsys):
     for command, words in (
         (["--run", "other"], ["'other'", "toy"]), (["toy"], ["toy"]), (["export"], ["FOLDER"]),
         (["--precision", "int3"], ["--precision", "int4"]), (["--device", "gpu"], ["'gpu'"]),
-        (["sample", "the people " * 20], ["220 tokens"]), (["sample", "--exit", "9"], ["exit 9"]),
+        (["sample", "the people " * 20], ["219 tokens"]), (["sample", "--exit", "9"], ["exit 9"]),
         (["sample", "--window", "0"], ["--window"]), (["sample", "--top-p", "0"], ["--top-p"]),
         (["sample", "--temperature", "nan"], ["nan"]), (["compare", "toy", "none"], ["'none'"]),
         (["sample", "--order", "x"], ["ancestral"]), (["export", "out", "--exit", "9"], ["exit 9"]),
