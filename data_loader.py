@@ -543,19 +543,24 @@ def read_committed(path, sha256):
     return data
 
 
-def gpt2_ranks():
-    """GPT-2's BPE as {token bytes: rank}, 50,256 of them.
+def gpt2_merges():
+    """What vocab.bpe says: {character: the byte it stands for}, in the order of their ranks, and
+    the merges, each the two tokens that become one.
 
-    First the 256 bytes, those with a printable character leading, then a token per line of
-    vocab.bpe, which names the two that merge. The file writes the other bytes as chr(256 + i).
+    Bytes with a printable character come first, the others are written as chr(256 + i).
     """
     lines = read_committed(MERGES, MERGES_SHA256).decode("utf-8").splitlines()
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    merged = [bytes(byte_of[c] for c in line if c != " ") for line in lines[1:]]
-    tokens = [bytes([b]) for b in byte_of.values()] + merged
-    return {token: rank for rank, token in enumerate(tokens)}
+    return byte_of, lines[1:]
+
+
+def gpt2_ranks():
+    """GPT-2's BPE as {token bytes: rank}, 50,256 of them: the 256 bytes, then a token per merge."""
+    byte_of, merges = gpt2_merges()
+    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges)]
+    return {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
 
 
 @functools.lru_cache
@@ -568,13 +573,25 @@ def tokenizer(vocab_size):
 
     Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode,
     encode_ordinary_batch, decode and decode_single_token_bytes, and ids below 65,536. Change what
-    stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used.
+    stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used, and
+    what `write_tokenizer` writes.
     """
     if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")
     ranks = {token: rank for token, rank in gpt2_ranks().items() if rank < vocab_size - 1}
     return tiktoken.Encoding(f"gpt2_{vocab_size}", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={END: vocab_size - 1})
+
+
+def write_tokenizer(folder, vocab_size):
+    """Write `tokenizer(vocab_size)` as the files that transformers' GPT2Tokenizer reads."""
+    byte_of, merges = gpt2_merges()
+    merges = merges[: vocab_size - 257]
+    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges), END]
+    write_json(folder / "vocab.json", {token: rank for rank, token in enumerate(tokens)})
+    write_file(folder / "merges.txt", ["\n".join(["#version: 0.2", *merges, ""]).encode()])
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False})
 
 
 # ---------------------------------------------------------------------------------------------

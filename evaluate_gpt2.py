@@ -40,7 +40,7 @@ import torch
 import lora
 import quant
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, tokenizer,
-                         validation_rows, write_json)
+                         validation_rows, write_json, write_tokenizer)
 from model import GPT, exit_of, noise_of_rows, pick_device, sample, score
 from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_run, load_run,
                                memory, perplexity, print_stages, print_table)
@@ -523,7 +523,8 @@ def plot_memory(axes, run, config):
 
 
 def export(run, folder, exit_k=None, kind=None):
-    """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout."""
+    """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout,
+    with its tokenizer."""
     folder = Path(os.path.expanduser(folder))
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} holds a model already; name a new folder")
@@ -531,6 +532,7 @@ def export(run, folder, exit_k=None, kind=None):
     exit_k = model.exit_or_last(exit_k)
     dtype = torch.float16 if kind == "fp16" else torch.float32
     lora.merge(model, exit_k).save_pretrained(folder, exit_k, dtype)
+    write_tokenizer(folder, model.config.vocab_size)
     print(f"exit {exit_k} of {run.name} written to {folder}: an ordinary GPT-2, without [MASK] and "
           "without the other exits")
 

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data_loader import UserError, load_config, read_tensors, write_json, write_tensors
+from data_loader import (GPT2_VOCAB_SIZE, UserError, load_config, read_tensors, write_json,
+                         write_tensors)
 
 # ---------------------------------------------------------------------------------------------
 # 1. The network
@@ -682,7 +683,8 @@ def read_pretrained(folder, config):
 
     Args:
         folder: with config.json and model.safetensors; or `gpt2`, which is downloaded.
-        config: its sizes must be the folder's; a longer position table is cropped to its seq_len.
+        config: its sizes must be the folder's; a longer position table is cropped to its seq_len,
+            and rows behind GPT-2's vocabulary, padding (50304) or added tokens, are left out.
 
     Returns:
         {name: tensor} with our names and shapes. Every exit norm is GPT-2's final norm, and the
@@ -694,20 +696,26 @@ def read_pretrained(folder, config):
     if folder == "gpt2" and not Path("gpt2").exists():
         folder = fetch_gpt2(Path(os.path.expanduser(config.token_folder)) / "gpt2")
     sizes = read_sizes(folder)
-    positions = sizes["seq_len"]
-    if type(positions) is int and positions > config.seq_len:
-        sizes["seq_len"] = config.seq_len
+    rows, positions = sizes["vocab_size"], sizes["seq_len"]
+    for key, most in (("vocab_size", max(config.vocab_size, GPT2_VOCAB_SIZE)),
+                      ("seq_len", config.seq_len)):  # fmt: skip
+        if type(sizes[key]) is int:
+            sizes[key] = min(sizes[key], most)
     differ = [f"model.{key}={size}" for key, size in sizes.items() if size != getattr(config, key)]
     if differ:
         raise UserError(f"to start from the weights in {folder}, set {' '.join(differ)}")
     file = Path(os.path.expanduser(folder)) / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"{file} is missing; if the weights are sharded, or a .bin, make it with "
+                        f"transformers: GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+                        ".save_pretrained('joined', max_shard_size='99GB')")
     tensors = {}
     for name, tensor in read_tensors(file, sealed=False)[0].items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, as a buffer
             tensors[name.removeprefix("transformer.")] = tensor
     head = tensors.pop("lm_head.weight", None)  # in some files, though it is the embedding
     shapes = pretrained_shapes(config, config.n_layers)
-    shapes["wpe.weight"] = (positions, config.d_model)
+    shapes |= {"wte.weight": (rows, config.d_model), "wpe.weight": (positions, config.d_model)}
     for name in shapes | tensors:
         tensor, shape = tensors.get(name), shapes.get(name)
         if None in (tensor, shape) or tensor.shape != shape or not tensor.is_floating_point():
@@ -717,7 +725,7 @@ def read_pretrained(folder, config):
     if head is not None and not torch.equal(head, tensors["wte.weight"]):
         raise UserError(f"{file}: lm_head.weight is not wte.weight (only a tied head is supported)")
     ours = {name: t.t() if name.startswith("h.") else t for name, t in tensors.items()}
-    text = ours["wte.weight"].float()  # (vocab_size, d)
+    text = ours["wte.weight"][: config.vocab_size].float()  # (vocab_size, d)
     others = text.mean(0).expand(config.padded_vocab_size - len(text), -1)
     ours["wte.weight"] = torch.cat([text, others])  # (V, d)
     ours["wpe.weight"] = ours["wpe.weight"][: config.seq_len]

@@ -285,6 +285,21 @@ def test_ranks_are_gpt2s_and_every_prefix_of_them_is_lossless():
         refused(size, d.tokenizer, size)
 
 
+def test_the_tokenizer_is_written_as_gpt2s_files(tmp_path):
+    byte_of, _ = d.gpt2_merges()
+    assert [len(byte_of), byte_of["Ġ"], byte_of["Ċ"], byte_of["a"]] == [256, *b" \na"]
+    for vocab_size in (257, 4096, 50_257):
+        d.write_tokenizer(tmp_path, vocab_size)
+        rank_of = json.loads((tmp_path / "vocab.json").read_text())
+        assert rank_of.pop("<|endoftext|>") == vocab_size - 1 == len(rank_of)
+        for token, rank in rank_of.items():
+            token = bytes(byte_of[c] for c in token)
+            assert d.tokenizer(vocab_size).decode_single_token_bytes(rank) == token
+        merges = (tmp_path / "merges.txt").read_text().splitlines()[1:]
+        assert [merge.replace(" ", "") for merge in merges] == [*rank_of][256:]
+    assert (tmp_path / "merges.txt").read_bytes() == d.MERGES.read_bytes()
+
+
 def prose(count, seed=0):
     """`count` paragraphs, no two alike."""
     return [f"Of {seed}, é🦉 {' '.join(WORDS[i % 9 : i % 7 + 9])} {i}." for i in range(count)]

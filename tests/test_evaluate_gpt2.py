@@ -370,6 +370,7 @@ def test_an_exit_is_exported_with_its_adapters_merged(run, capsys):
         options = ["--precision", kind, "--exit", str(exit_k)] if kind else []
         out(capsys, "export", f"out/{kind}", *options)
         file = Path(f"out/{kind}/model.safetensors")
+        assert len(json.loads((file.parent / "vocab.json").read_text())) == 257
         dtype = torch.float16 if kind == "fp16" else torch.float32
         assert {tensor.dtype for tensor in read_tensors(file, sealed=False)[0].values()} == {dtype}
         model, exported = train.load_run(run, "cpu", kind)[0], GPT.from_pretrained(file.parent)
