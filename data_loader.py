@@ -348,11 +348,21 @@ class Config:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 6e-4 as a number: YAML 1.1, which PyYAML implements, wants 6.0e-4."""
+    """SafeLoader that takes for a number only what is written in decimal, and else for text all but
+    true, false and null. YAML 1.1, which PyYAML implements, reads 1:30 as 90, 010 as 8, 1_000 as
+    1000, no as false, 2026-01-01 as a date, and 6e-4 as text."""
+
+    yaml_implicit_resolvers = {}
 
 
-NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+for kind, pattern in {
+    "null": "|~|null|Null|NULL",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+}.items():
+    pattern = re.compile(rf"({pattern})\Z")
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, None)
 
 
 def parse_yaml(text, where):

@@ -333,17 +333,23 @@ def tokens_per_step(config):
 def log_steps(run, state, stage, optimizer, scaler, steps, since):
     """Record (batch, CE by row, gradient norm) of the steps since the last log line. -> the line
 
-    UserError names the first of them whose loss or gradient is not finite.
+    UserError names the first of them whose loss or gradient is not finite. A loss scaler (fp16)
+    expects gradients to overflow now and then: it skips such a step and halves its scale, at first
+    65,536. Below 2^-24, fp16's smallest number, nothing would be left of the others.
     """
     config, by_time_step = state.config, defaultdict(list)
     for number, (batch, ce, grad_norm) in enumerate(steps, state.step + 1 - len(steps)):
         ce = gathered(ce)
-        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
         if not (ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite())):
             raise UserError(f"stage {stage.block}, step {number}: the loss is {ce.mean().item()}, "
                             f"the gradient norm {grad_norm.item()}; lower training.lr or qlora_lr")
         for m, value in zip(batch[3].tolist(), ce.tolist()):
             by_time_step[m].append(value)
+    if scaler.get_scale() < 2.0**-24:
+        raise UserError(f"stage {stage.block}, step {state.step}: the gradients overflow fp16, and "
+                        "step after step is skipped; begin again with training.compute_type=fp32 "
+                        "(or bf16), or with a lower training.lr or qlora_lr")
+    skipped = not any(grad_norm.isfinite() for _, _, grad_norm in steps)
     memory_now, _ = memory_mib(steps[-1][2].device)
     figures = {
         "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
@@ -359,7 +365,8 @@ def log_steps(run, state, stage, optimizer, scaler, steps, since):
     left = sum(s.steps for s in fusion_schedule(config)[stage.block :]) - state.step
     return (f"stage {stage.block}  step {state.step:5d}/{stage.steps}  loss {figures['loss']:.4f}  "
             f"{speed:7,.0f} tokens/s  {cell(memory_now, '6,.0f')} MiB  "
-            f"eta {left * tokens_per_step(config) / speed / 60:.1f} min")
+            f"eta {left * tokens_per_step(config) / speed / 60:.1f} min"
+            + "  all skipped: the gradients overflow fp16" * skipped)
 
 
 def validate(run, state, model, stage, val_rows):

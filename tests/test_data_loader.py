@@ -180,6 +180,10 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     block_mask_ranges=[[0,.4],[.5,.7],[.7,1]] block_mask_ranges=[[0,.4],[.3,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.7],[.7,.9]] block_mask_ranges=[[.1,.4],[.4,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.4],[.4,1]] time_step_mask_fractions=[.2,.1,.5,.8]
+    training.log_interval=1:30 training.log_interval=010 training.log_interval=0o10
+    training.log_interval=0x10 training.log_interval=0b10 training.log_interval=1_000
+    training.lr=1:30.5 training.lr=010 training.lr=1_0.5 training.lr=2026-01-01
+    training.time_step_masking=yes training.time_step_masking=off training.block_steps=[1:30,1,1]
     time_step_mask_fractions=[.1,.1,.5,.8] time_step_mask_fractions=[0,.1,.5,.8]
     time_step_mask_fractions=[.1,.5,1.5] time_step_mask_fractions=[.1,.8]
     """.split():
@@ -194,6 +198,15 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     ):  # fmt: skip
         refused(words, load, tmp_path, text)
     refused("none.yaml", load_config, tmp_path / "none.yaml")
+
+
+def test_numbers_are_decimal_and_text_is_text(tmp_path):
+    """In a file as on the command line, where YAML 1.1 has numbers, dates and truth."""
+    for text in "1:30 010 0x10 1_000 yes off 2026-01-01 2026-01-01T00:00:00Z 1e 1.2.3".split():
+        assert load(tmp_path, f"training: {{run_id: {text}}}").run_id == text
+    for text in "2 +2 2. 2.0 .2e1 02.0 2e0 20E-1".split():
+        assert load(tmp_path, f"training: {{lr: {text}}}", f"training.qlora_lr={text}").lr == 2
+    assert load(tmp_path, "{training: {qlora_enabled: False}}").qlora_enabled is False
 
 
 def test_every_mask_fraction_has_one_owner():

@@ -1,5 +1,6 @@
 """Stages, the loop, a run's weights on disk, and runs that lose nothing: the real script, small."""
 
+import functools
 import itertools
 import os
 import resource
@@ -489,6 +490,18 @@ def test_nothing_that_is_not_finite_is_ever_saved(toy, monkeypatch, capsys):
         monkeypatch.setattr(train, "train_step", train_step)
         fails(train.main, toy(log_interval=4, run_id=name), capsys, *words, "stage 0", "lr")
         assert state_of(name).step == saved and not Run.named(name).backup(0).exists(), words
+
+
+def test_steps_that_fp16_skips_are_told_and_do_not_go_on_for_ever(toy, monkeypatch, capsys):
+    """By a scale at which every gradient overflows, halved or not."""
+    real, arguments = torch.amp.GradScaler, toy(compute_type="fp16", max_steps=8)
+    for backoff, status in ((0.5, 0), (2.0**-98, 2)):
+        scaler = functools.partial(real, init_scale=2.0**70, backoff_factor=backoff)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        assert train.main([*arguments, "--overwrite"]) == status
+        printed = capsys.readouterr()
+        assert printed.out.count("all skipped") == printed.out.count("tokens/s") == 4 - 2 * status
+    assert "step 2" in printed.err and "compute_type=fp32" in printed.err and state_of().step == 0
 
 
 def test_two_processes_train_as_one(toy):
