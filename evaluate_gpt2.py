@@ -305,7 +305,11 @@ def report(run, device, kind=None, full=False):
     result = {"losses": losses, "time_steps": time_steps, "rows": len(rows), "stages": stages,
               "tokens_sha256": digest, "config": vars(config)}  # fmt: skip
     path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
-    write_json(path, result)
+    failure = None
+    try:
+        write_json(path, result)
+    except OSError as error:  # a place to read from only: the figures are shown all the same
+        failure = error
 
     print(f"\n{run.name}: {kind_of_run(config)}, finished blocks in "
           f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
@@ -325,6 +329,8 @@ def report(run, device, kind=None, full=False):
     print_stages(run)
     print_texts(model, val, best_exit({name: loss["nats_per_token"]
                                        for name, loss in losses.items()}))
+    if failure:
+        raise failure
     print(f"\nwritten to {path}")
 
 
@@ -621,7 +627,9 @@ def main(argv):
     elif args.command == "plot":
         plot(runs, Path(os.path.expanduser(args.to or runs[0].folder / "plot.png")), device)
     elif args.command == "precision":
-        write_json(run.folder / "precision.json", precision_table(run, device))
+        path, table = run.folder / "precision.json", precision_table(run, device)
+        write_json(path, table)
+        print(f"\nwritten to {path}")
     else:
         export(run, args.folder, args.exit_k, args.kind)
 

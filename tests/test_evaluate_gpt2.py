@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -251,6 +251,17 @@ def test_a_run_stopped_in_stage_1_can_be_evaluated_but_not_on_another_text(
         fails(e.main, [*command, *name], capsys, word)
     assert evaluated(run) == result
     out(capsys, "sample", *name)  # needs no text
+
+
+def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(run, monkeypatch, capsys):
+    printed = [out(capsys), out(capsys, "precision")]
+    unwritable = OSError(30, "cannot write: Read-only file system", "the file")
+    monkeypatch.setattr(e, "write_json", Mock(side_effect=unwritable))
+    for command, whole in zip(([], ["precision"]), printed):
+        assert e.main(command) == 2
+        shown = capsys.readouterr()
+        assert shown.err == "error: the file: cannot write: Read-only file system\n"
+        assert shown.out == whole.rpartition("\nwritten to")[0]
 
 
 def test_every_storage_side_by_side(run, capsys):
