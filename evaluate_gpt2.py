@@ -41,7 +41,7 @@ import lora
 import quant
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, tokenizer,
                          validation_rows, write_json, write_tokenizer)
-from model import GPT, exit_of, noise_of_rows, pick_device, sample, score
+from model import GPT, exit_of, noise_of_rows, pick_device, sample, score, usable
 from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_run, load_run,
                                memory, perplexity, print_stages, print_table)
 
@@ -609,7 +609,7 @@ OPTIONS = {
 @one_line_errors
 def main(argv):
     args = parse(argv)
-    device = pick_device(args.device)
+    device = usable(pick_device(args.device))
     keep_freed_memory()
     if args.command in ("compare", "plot"):
         runs = [Run.named(name) for name in args.runs]

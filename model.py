@@ -445,7 +445,8 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None, n_scored=No
 
 
 CHUNK = 512  # positions whose logits exist at one time; on a GPU, which wants few launches, 2048
-SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them
+SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them, as
+# mps on older systems writes nothing into a part of a tensor's columns
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -465,7 +466,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = None
         # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
         scale = 2.0 ** len(h).bit_length()
-        chunk, width = (2048, len(W)) if h.is_cuda else (CHUNK, SLICE)
+        chunk, width = (CHUNK, SLICE) if h.is_cpu else (2048, len(W))
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
         slices = [slice(j, j + width) for j in range(0, len(W), width)]
         for i in range(0, len(h), chunk):
@@ -777,19 +778,30 @@ def pick_device(name):
     return torch.device(name)
 
 
+def usable(device):
+    """The device, if torch can compute on it: it sees GPUs, too, that it has no kernels for."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:
+        raise UserError(f"torch cannot compute on {device} ({str(error).partition(chr(10))[0]}); "
+                        "use training.device=cpu, or for an evaluation --device cpu") from None
+    return device
+
+
 @functools.cache
 def compute_type(device, name="auto"):
     """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
 
     auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA and fp32 elsewhere (a
-    CPU without bf16 units emulates it, slower than fp32).
+    CPU without bf16 units emulates it, slower than fp32; on Apple's, which have them, torch is
+    slower in bf16 too).
     """
     if name == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if native else "fp16"
     elif name == "auto":
         units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16"))  # x86
         name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 

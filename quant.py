@@ -102,9 +102,15 @@ def _to_nf4(groups):
     return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), scales
 
 
+@functools.lru_cache
+def _float8_table(device):
+    """What the 256 codes of float8_e4m3fn stand for, (256,) fp32: not every device has the type."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
 def _absmax(codes, scale, center):
     """Undo the double quantization: the (out, n_groups) fp32 scales of an nf4 weight."""
-    codes = codes.view(torch.float8_e4m3fn).float()
+    codes = _float8_table(codes.device)[codes.long()]
     scale = scale.repeat_interleave(ABSMAX_GROUP)[: codes.numel()]
     # A group far below the center may come out just under zero, which would flip its signs.
     return (codes * scale.view(codes.shape) + center).clamp(min=0)

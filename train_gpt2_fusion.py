@@ -41,7 +41,7 @@ from data_loader import (DEFAULTS, Config, Parser, Run, UserError, load_config, 
                          one_line_errors, read_tensors, rows_in, training_rows,
                          validation_rows, write_tensors)
 from model import (GPT, compute_type, corrupt, diffusion_loss, noise_of_rows, pick_device,
-                   read_pretrained, score, stratified)
+                   read_pretrained, score, stratified, usable)
 
 MIB = 2**20
 
@@ -824,7 +824,7 @@ def main(argv):
         if run.checkpoint.exists() and not args.overwrite:
             raise UserError(f"run {run.name} exists; go on with --resume {run}, move it aside with "
                             "--overwrite, or choose training.run_id=NAME")
-    device = start_processes(pick_device(config.device))
+    device = usable(start_processes(pick_device(config.device)))
     rows = config.batch_size * config.gradient_accumulation
     if rows % world_size():
         raise UserError(f"{world_size()} processes cannot share batch_size x gradient_accumulation "

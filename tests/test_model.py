@@ -6,6 +6,7 @@ import math
 import shutil
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -267,6 +268,27 @@ def test_a_training_step_never_waits_for_a_number_of_masks(monkeypatch):
     assert torch.equal(loss, counted)
     with pytest.raises(pytest.fail.Exception, match="waits"):
         diffusion_loss(models[1], *batch)
+
+
+def test_what_a_machine_cannot_do_is_not_asked_of_it(monkeypatch):
+    """bf16 products of Apple's CPUs, products into some columns on mps, GPUs without kernels."""
+    cpu, outs = torch.device("cpu"), []
+    for unit, dtype in (("bf16", torch.float32), ("avx512_bf16", torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+        assert m.compute_type.__wrapped__(cpu) == dtype
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out=None: outs.append(out) or real(a, b, out=out))
+    monkeypatch.setattr(m, "SLICE", 64)
+    monkeypatch.setattr(m, "product_dtype", lambda x: x.dtype)
+    with torch.device("meta"):  # which is no CPU
+        model, hidden, weights = toy_model(vocab_size=200), torch.zeros(2, 7, 16), torch.ones(2, 7)
+        tied_cross_entropy(model, hidden, torch.zeros(2, 7).long(), weights)
+    assert [out.is_contiguous() for out in outs if out is not None] == [True]
+    assert m.usable(cpu) == cpu
+    missing = RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=missing))
+    with pytest.raises(UserError, match=r"image is available\); use training.device=cpu"):
+        m.usable(cpu)
 
 
 def test_a_reverse_step_reveals_the_scheduled_share_and_changes_nothing_else():
