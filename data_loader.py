@@ -241,6 +241,8 @@ CHOICES = {
     "quantization_type": ("fp32", "fp16", "int4", "nf4"),
     "gradient_checkpointing": ("auto", "frozen", "none", "all"),
     "compute_type": ("auto", "fp32", "bf16", "fp16"),
+    "time_step_masking": (True, False),
+    "qlora_enabled": (True, False),
 }
 RANGES = {  # from, to; both are allowed
     "vocab_size": (2, 10**6), "d_model": (1, 10**6), "n_layers": (1, 10**6), "n_heads": (1, 10**6),
@@ -280,13 +282,23 @@ class Config:
                 setattr(self, key, typed(value, defaults[key]))
             except (OverflowError, TypeError):
                 like = defaults[key]
-                raise UserError(f"{sections[key]}.{key} must be {TYPES[type(like)]} (gpt2.yaml has "
-                                f"{like}), not {value!r}") from None
+                kind = TYPES.get(type(like), "of the default's type")
+                raise UserError(f"{sections[key]}.{key} must be {kind} (gpt2.yaml has {like}), not "
+                                f"{value!r}") from None
         if self.mode == "standard":
             self.total_blocks, self.block_size = 1, self.n_layers
             self.block_mask_ranges = ((0.0, 1.0),)
-        for fault in self.faults():
-            raise UserError(fault)
+        try:
+            for fault in self.faults():
+                raise UserError(fault)
+        except TypeError as error:  # values are of their defaults' types, so that it is these
+            raise UserError(f"{DEFAULTS}: a value is of another type than the code needs ({error})"
+                            ) from None  # fmt: skip
+
+    def __getattr__(self, key):  # called where there is no such attribute
+        if key.startswith("__"):  # copy.deepcopy asks
+            raise AttributeError(key)
+        raise UserError(f"{DEFAULTS} has no key {key}, which the code needs: put it back")
 
     def replace(self, **changes):
         """A Config with some keys changed."""
@@ -317,10 +329,11 @@ class Config:
         """What is wrong with the values, in words, the first thing first."""
         for key, names in CHOICES.items():
             if getattr(self, key) not in names:
-                yield f"{key} must be {' or '.join(names)}, not {getattr(self, key)!r}"
+                yield f"{key} must be {' or '.join(map(str, names))}, not {getattr(self, key)!r}"
         for key, (low, high) in RANGES.items():
-            if not low <= getattr(self, key) <= high:
-                yield f"{key} must be from {low:g} to {high:g}, not {getattr(self, key)!r}"
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not low <= value <= high:
+                yield f"{key} must be from {low:g} to {high:g}, not {value!r}"
         if not re.fullmatch(r"[^-./\\=\0][^/\\=\0]*", self.run_id):
             yield f"run_id must be a plain folder name, not {self.run_id!r}"
         if self.d_model % self.n_heads:
@@ -525,11 +538,13 @@ class Run:
             raise UserError(f"{self.metrics_file} has lost lines; restore it, or use --overwrite")
         os.truncate(self.metrics_file, size)
 
-    def metrics(self, event):
-        """The lines of one event in metrics.jsonl, as dicts."""
+    def metrics(self, event, *keys):
+        """The lines of one event in metrics.jsonl, as dicts. UserError where one lacks a key."""
         whole = self.metrics_file.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
         try:
-            return [line for line in map(json.loads, whole) if line["event"] == event]
+            lines = [line for line in map(json.loads, whole) if line["event"] == event]
+            [line[key] for line in lines for key in keys]  # KeyError
+            return lines
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.metrics_file} is damaged ({error!r}); restore it") from None
 
@@ -684,12 +699,13 @@ def read_examples(source, num_examples):
     return examples
 
 
-def load_tokens(config, expected=None):
+def load_tokens(config, expected=None, rows=None):
     """The tokens of a text: train and val, each uint16 (n_tokens,), and their sha256.
 
     Every example is followed by <|endoftext|>. They are kept in config.token_folder, in a file that
     names the text and the vocabulary it was made from, and is made again where these differ or it
-    is damaged. UserError where the sha256 is not the `expected` one: the text of a run has changed.
+    is damaged. UserError where the sha256 is not the `expected` one: the text of a run has changed;
+    and for a new text that is too short to train `rows` of a step on, and to validate.
     """
     sums = hashlib.sha256()
     for path in source_files(config.source):
@@ -705,6 +721,9 @@ def load_tokens(config, expected=None):
             ids = tokenizer(config.vocab_size).encode_ordinary_batch(texts)
             ids = [np.array([*row, config.vocab_size - 1], np.uint16) for row in ids]
             tokens[split] = torch.from_numpy(np.concatenate(ids))
+        if rows:  # UserError: too short, and the tokens of another text are still there
+            training_rows(tokens["train"].numpy(), config.seq_len, rows, 0, 0, 0)
+            validation_rows(tokens["val"].numpy(), config.seq_len)
         write_tensors(path, tokens, made_from)
         sizes = " + ".join(f"{len(part):,}" for part in tokens.values())
         print(f"{path}: {sizes} tokens of {config.source}, to train and to validate", flush=True)
@@ -747,8 +766,8 @@ def training_rows(tokens, seq_len, batch_size, seed, stage, step):
     """
     n_rows = rows_in(len(tokens), seq_len)
     if n_rows < batch_size:
-        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens: lower "
-                        "training.batch_size or model.seq_len")
+        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens: give more text, "
+                        "or lower training.batch_size or model.seq_len")
     starts = [epoch_starts(len(tokens), seq_len, seed, stage, i // n_rows)[i % n_rows]
               for i in range(step * batch_size, (step + 1) * batch_size)]  # fmt: skip
     index = np.array(starts)[:, None] + np.arange(seq_len)  # (batch_size, seq_len)
@@ -762,7 +781,8 @@ def validation_rows(tokens, seq_len, count=None):
     """
     n_rows = (len(tokens) - 1) // (seq_len - 1)
     if n_rows < 1:
-        raise UserError(f"the validation text is shorter than model.seq_len={seq_len}: lower it")
+        raise UserError(f"the validation text is shorter than model.seq_len={seq_len}: give more "
+                        "text, or lower it")
     count = n_rows if count is None else min(count, n_rows)
     starts = np.arange(count) * n_rows // count * (seq_len - 1)
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len)].astype(np.int64))
@@ -775,11 +795,14 @@ def validation_rows(tokens, seq_len, count=None):
 @one_line_errors
 def main(argv):
     parser = Parser(description="Make the token files of gpt2.yaml and of each of its presets.")
-    parser.add_argument("--prepare", action="store_true", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--prepare", action="store_true", required=True,
+                        help="do it, where they are not there yet")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="a key of "
+                        "gpt2.yaml, e.g. data.source=my_text.txt")
     args = parser.parse_intermixed_args(argv)
-    for preset in (None, *read_yaml(DEFAULTS)[1]):
-        config = load_config(preset=preset, overrides=args.overrides)
+    configs = [load_config(preset=preset, overrides=args.overrides)
+               for preset in (None, *read_yaml(DEFAULTS)[1])]  # fmt: skip
+    for config in {config.vocab_size: config for config in configs}.values():  # a file for each
         train, val, _ = load_tokens(config)
         print(f"{config.source}, vocabulary {config.vocab_size}: {len(train):,} tokens to train, "
               f"{len(val):,} to validate", flush=True)

@@ -43,7 +43,7 @@ from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, t
                          validation_rows, write_json, write_tokenizer)
 from model import GPT, exit_of, noise_of_rows, pick_device, sample, score, usable
 from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_run, load_run,
-                               memory, perplexity, print_stages, print_table)
+                               memory, perplexity, print_stages, print_table, stages_of)
 
 ROWS = 100  # validation rows scored by default
 DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
@@ -249,7 +249,8 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
     Args:
         order, window: as for `sample`; None: the way the run was trained, by diffusion (by
             confidence, WINDOW tokens at a time) or left to right; ancestral: the whole text.
-        watch: show every step. how: exit_k, steps, temperature, top_p, seed, as for `sample`.
+        watch: show every step but the last.
+        how: exit_k, steps, temperature, top_p, seed, as for `sample`.
     """
     config = model.config
     encoding, causal = tokenizer(config.vocab_size), config.attention_mode == "causal"
@@ -264,8 +265,9 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         runs = itertools.groupby(ids, lambda token: token == config.mask_id)
         text = "".join("░" * len([*run]) if masked else encoding.decode([*run])
                        for masked, run in runs)
-        clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
-        print(f"{clear}{ids.count(config.mask_id):3d}  {' '.join(text.split())}", flush=True)
+        clear, left = "\033[2J\033[H" if sys.stdout.isatty() else "", ids.count(config.mask_id)
+        line = f"{left:3d} masks  {' '.join(text.split())}\n" if left else ""  # 0: it is returned
+        print(clear + line, end="", flush=True)
         time.sleep(0.1 if clear else 0)
 
     x = begin(prompt, length, config)
@@ -285,7 +287,7 @@ def report(run, device, kind=None, full=False):
         kind: rebuild the run in this storage; full: score every row instead of ROWS of them.
     """
     model, state, _ = load_run(run, device, kind)
-    config = state.config
+    config, stages = state.config, stages_of(run)
     train, val, digest = load_tokens(config, state.tokens_sha256)
     rows = validation_rows(val, config.seq_len, None if full else ROWS)
     fast = quant.expand(model)
@@ -301,7 +303,6 @@ def report(run, device, kind=None, full=False):
                      "perplexity": perplexity(values.mean().item()),
                      "bits_per_byte": values.mean().item() / math.log(2) / bytes_per_token,
                      "by_row": values.tolist()} for name, values in by_row.items()}
-    stages = run.metrics("stage")
     result = {"losses": losses, "time_steps": time_steps, "rows": len(rows), "stages": stages,
               "tokens_sha256": digest, "config": vars(config)}  # fmt: skip
     path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
@@ -484,7 +485,8 @@ def plot_loss(axes, run, config, colour):
     done = 0
     for stage in fusion_schedule(config):
         for event, key, style in (("step", "loss", "-"), ("validation", "cross_entropy", "--")):
-            lines = [line for line in run.metrics(event) if line["stage"] == stage.block]
+            lines = [line for line in run.metrics(event, "stage", "step", key)
+                     if line["stage"] == stage.block]  # fmt: skip
             axes.plot([done + line["step"] for line in lines], [line[key] for line in lines],
                       style, color=colour, alpha=0.7,
                       label=None if done or event != "step" else run.name)  # fmt: skip
@@ -514,7 +516,7 @@ def plot_memory(axes, run, config):
     """What each stage holds, in bars; a line at what training all layers at once in fp32 holds."""
     with torch.device("meta"):
         standard = 16 * sum(p.numel() for p in GPT(config).parameters()) / MIB
-    for stage in run.metrics("stage"):
+    for stage in stages_of(run):
         name, bottom = f"{run.name} {stage['stage']}", 0.0
         for colour, kind in enumerate(("weights", "gradients", "optimizer")):
             height = stage[f"{kind}_mib"]
@@ -580,7 +582,7 @@ def parse(argv):
 
 
 OPTIONS = {
-    "folder": {"metavar": "FOLDER"},
+    "folder": {"metavar": "FOLDER", "help": "where to write it"},
     "runs": {"nargs": "+", "metavar": "RUN", "help": "names in checkpoints/, or paths"},
     "prompt": {"nargs": "?", "default": "", "help": "text to go on from; each ____ in it is a blank"
                " of one token to fill in"},
@@ -594,14 +596,17 @@ OPTIONS = {
     "--order": {"choices": ("ancestral", "confidence", "left-to-right"),
                 "help": "default: the way the run was trained"},
     "--window": {"type": number(int, 1), "metavar": "N", "help": "tokens written together "
-                 f"(confidence: {WINDOW}; ancestral: all)"},
-    "--length": {"type": number(int, 1), "metavar": "N", "help": "tokens to write (64)"},
-    "--steps": {"type": number(int, 1), "metavar": "N", "help": "even time steps (the run's own)"},
+                 f"(confidence: {WINDOW}; ancestral: all; left to right: always 1)"},
+    "--length": {"type": number(int, 1), "metavar": "N", "help": "tokens to write (64; into blanks:"
+                 " always one each)"},
+    "--steps": {"type": number(int, 1), "metavar": "N", "help": "even time steps (the run's own; "
+                "left to right: always 1)"},
     "--temperature": {"type": number(float, 0), "default": 1.0, "metavar": "X",
                       "help": "0: the likeliest (1)"},
     "--top-p": {"type": number(float, 1e-6, 1), "default": 0.95, "metavar": "P",
                 "help": "share of probability kept (0.95)"},
-    "--seed": {"type": number(int, 0, 2**63 - 1), "default": 0, "metavar": "N"},
+    "--seed": {"type": number(int, 0, 2**63 - 1), "default": 0, "metavar": "N",
+               "help": "another one, another text (0)"},
     "--watch": {"action": "store_true", "help": "show every step"},
 }  # fmt: skip
 

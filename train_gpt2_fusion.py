@@ -416,9 +416,15 @@ def print_table(columns, rows):
                       for text, side, width in zip(line, sides, widths)).rstrip())  # fmt: skip
 
 
+def stages_of(run):
+    """What each stage took and held, from metrics.jsonl."""
+    return run.metrics("stage", "stage", "steps", "seconds", "tokens", "weights_mib",
+                       "gradients_mib", "optimizer_mib", "peak_mib")  # fmt: skip
+
+
 def print_stages(run):
-    """The table of what each stage took and held, from metrics.jsonl."""
-    stages = run.metrics("stage")
+    """`stages_of` a run as a table."""
+    stages = stages_of(run)
     for stage in stages:
         kinds = ("weights_mib", "gradients_mib", "optimizer_mib")
         stage["held_mib"] = sum(stage[kind] for kind in kinds)
@@ -808,7 +814,8 @@ def main(argv):
     parser.add_argument("--resume", metavar="RUN", help="go on where a run was stopped; needs no "
                         "other argument")
     parser.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="a key of "
+                        "gpt2.yaml, e.g. training.lr=2e-3")
     args = parser.parse_intermixed_args(argv)
     if args.resume is not None:
         run = Run.named(args.resume)
@@ -830,7 +837,7 @@ def main(argv):
         raise UserError(f"{world_size()} processes cannot share batch_size x gradient_accumulation "
                         f"= {rows} rows equally")
     # What can fail (text, weights, devices) fails before an earlier run is touched.
-    tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256)
+    tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256, rows)
     val_rows = validation_rows(val_tokens, config.seq_len, config.eval_rows)
     batch_of(tokens, config, fusion_schedule(config)[0], 0)  # UserError: the text is too short
     from_scratch = config.init_from == "scratch"

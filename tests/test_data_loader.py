@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import sys
 from unittest.mock import Mock
@@ -141,6 +142,16 @@ def test_gpt2_yaml_is_the_only_place_of_defaults(tmp_path, monkeypatch):
     config = load(tmp_path, text, "training.new=2")
     assert (config.lr, config.new, type(config.new)) == (6e-4, 2, float)
     refused("training.new", config.replace, new="x")
+    # A key that is not there any more, and values of another type, are named.
+    for key in vars(load(tmp_path, text)):
+        without = re.sub(rf"^  {key}:", "  other:", text, count=1, flags=re.M)
+        refused(key, lambda: getattr(load(tmp_path, without), key))
+    for value in ("fast", "", "{a: 1}", "yes", "1:30", "[1]", "2026-01-01"):
+        for key in ("lr", "max_steps", "qlora_enabled", "block_steps", "block_mask_ranges"):
+            other = re.sub(rf"^  {key}: [^#\n]*", f"  {key}: {value} ", text, count=1, flags=re.M)
+            named = "" if "block" in key else key
+            refused(named, load, tmp_path, other)
+            refused(named, load, tmp_path, other, f"training.{key}=[[0, true]]")
 
 
 def test_a_file_of_some_keys_a_preset_overrides_and_back_from_json(tmp_path):
@@ -257,7 +268,8 @@ def test_metrics_with_half_a_line_a_damaged_line_and_cut_back(tmp_path):
     whole = run.metrics_file.read_bytes()
     run.metrics_file.write_bytes(whole + b'{"event": "step", "lo')  # killed here
     assert run.metrics("step") == [{"event": "step", "loss": None, "more": [1.5, [None, "é"]]}]
-    assert run.metrics("stage") == [{"event": "stage", "seconds": 3}]
+    assert run.metrics("stage", "seconds") == [{"event": "stage", "seconds": 3}]
+    refused(run.metrics_file, run.metrics, "stage", "seconds", "tokens")
     run.cut_metrics(size)
     assert run.metrics_file.read_bytes() == whole[:size] and run.metrics("stage") == []
     refused(run.metrics_file, run.cut_metrics, size + 1)
@@ -376,6 +388,9 @@ def test_tokens_are_the_examples_with_separators(tmp_path, capsys, monkeypatch):
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert d.main(arguments) == 0
         assert b"? ?'s.txt" in sys.stdout.buffer.getvalue()
+    capsys.readouterr()
+    assert d.main([*arguments, "model.vocab_size=257"]) == 0  # one file, and one line of it
+    assert capsys.readouterr().out.count("vocabulary 257") == 1
     texts = d.read_examples(config.source, 20)
     monkeypatch.setattr(d, "read_examples", None)  # side by side: nothing is made again
     for size in (50_257, 4096):  # those of gpt2.yaml and of its preset

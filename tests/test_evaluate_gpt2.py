@@ -337,8 +337,9 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     assert out(capsys, "sample", "--temperature", "0") == out(capsys, "sample", "--top-p", "0.001")
     # A line a step: how many masks are left, and the text, a mask being one character.
     printed = out(capsys, "sample", "we", *"--watch --window 6 --length 12 --steps 2".split())
-    assert [(line[:7], line.count("░")) for line in printed.split("\n")[:5]] == [
-        (f" {n:2d}  we", n) for n in (12, 9, 6, 3, 0)]  # fmt: skip
+    *lines, text, end = printed.split("\n")
+    assert [(line[:13], line.count("░")) for line in lines] == [
+        (f" {n:2d} masks  we", n) for n in (12, 9, 6, 3)] and text[:2] == "we"  # fmt: skip
     asked, real = [], e.sample
     monkeypatch.setattr(e, "sample", lambda model, x, order, window, **how:
                         asked.append((order, window)) or real(model, x, order, window, **how))
@@ -432,4 +433,7 @@ def test_mistakes_end_in_one_line(run, capsys):
         fails(e.main, command, capsys, *words)
     changed(run, attention_mode="bidirectional")
     fails(e.main, ["sample", "--order", "left-to-right"], capsys, "causal")
-    assert not Path("out").exists()
+    run.record("stage")
+    (run.folder / "eval.json").unlink()
+    fails(e.main, [], capsys, "metrics.jsonl")
+    assert not Path("out").exists() and not (run.folder / "eval.json").exists()

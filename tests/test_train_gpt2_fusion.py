@@ -529,12 +529,15 @@ def test_mistakes_end_in_one_line_and_lose_nothing(toy, monkeypatch, capsys):
     run = trains(toy, max_steps=4)
     flip(run.checkpoint, 100)  # even a damaged one
     Path("short.txt").write_text("One paragraph.\n\nAnd another.")
+    Path("ten.txt").write_text("A word.\n" * 10)
+    Path("nine.txt").write_text(f"{'A word. ' * 50}\n" * 9 + "A word.")
     before = contents(Path())
     for mistake, word in [
         ("--config none.yaml", "none.yaml"), ("--preset tini", "tiny"), ("--resume none", "none"),
         ("--verbose", "--help"), ("training.learning_rate=1", "training.learning_rate"),
         ("lr=fast", "training.lr"), ("max_steps=2", "max_steps"), ("device=gpu", "cpu"),
         ("source=none.txt", "none.txt"), ("source=short.txt", "short.txt"),
+        ("source=ten.txt", "training text has 1 rows"), ("source=nine.txt", "give more text"),
         ("init_from=/nowhere", "/nowhere"), ("batch_size=5", "2 processes"),
     ]:  # fmt: skip
         monkeypatch.setattr(train, "world_size", lambda: 1 + (mistake == "batch_size=5"))
