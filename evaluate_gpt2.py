@@ -266,7 +266,7 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         text = "".join("░" * len([*run]) if masked else encoding.decode([*run])
                        for masked, run in runs)
         clear, left = "\033[2J\033[H" if sys.stdout.isatty() else "", ids.count(config.mask_id)
-        line = f"{left:3d} masks  {' '.join(text.split())}\n" if left else ""  # 0: it is returned
+        line = f"{left:3d} masked  {' '.join(text.split())}\n" if left else ""  # 0: it is returned
         print(clear + line, end="", flush=True)
         time.sleep(0.1 if clear else 0)
 

@@ -338,8 +338,8 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     # A line a step: how many masks are left, and the text, a mask being one character.
     printed = out(capsys, "sample", "we", *"--watch --window 6 --length 12 --steps 2".split())
     *lines, text, end = printed.split("\n")
-    assert [(line[:13], line.count("░")) for line in lines] == [
-        (f" {n:2d} masks  we", n) for n in (12, 9, 6, 3)] and text[:2] == "we"  # fmt: skip
+    assert [(line[:14], line.count("░")) for line in lines] == [
+        (f" {n:2d} masked  we", n) for n in (12, 9, 6, 3)] and text[:2] == "we"  # fmt: skip
     asked, real = [], e.sample
     monkeypatch.setattr(e, "sample", lambda model, x, order, window, **how:
                         asked.append((order, window)) or real(model, x, order, window, **how))
