@@ -445,8 +445,8 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None, n_scored=No
 
 
 CHUNK = 512  # positions whose logits exist at one time; on a GPU, which wants few launches, 2048
-SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them, as
-# mps on older systems writes nothing into a part of a tensor's columns
+SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them
+# (mps, before macOS 15, gets a product into some of a tensor's columns wrong)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
