@@ -243,6 +243,8 @@ CHOICES = {
     "compute_type": ("auto", "fp32", "bf16", "fp16"),
     "moments": ("bf16", "fp32"),
     "compile": ("auto", "true", "false"),
+    "time_step_masking": (True, False),
+    "qlora_enabled": (True, False),
 }
 RANGES = {  # from, to; both are allowed
     "vocab_size": (2, 10**6), "d_model": (1, 10**6), "n_layers": (1, 10**6), "n_heads": (1, 10**6),
@@ -282,13 +284,23 @@ class Config:
                 setattr(self, key, typed(value, defaults[key]))
             except (OverflowError, TypeError):
                 like = defaults[key]
-                raise UserError(f"{sections[key]}.{key} must be {TYPES[type(like)]} (gpt2.yaml has "
-                                f"{like}), not {value!r}") from None
+                kind = TYPES.get(type(like), "of the default's type")
+                raise UserError(f"{sections[key]}.{key} must be {kind} (gpt2.yaml has {like}), not "
+                                f"{value!r}") from None
         if self.mode == "standard":
             self.total_blocks, self.block_size = 1, self.n_layers
             self.block_mask_ranges = ((0.0, 1.0),)
-        for fault in self.faults():
-            raise UserError(fault)
+        try:
+            for fault in self.faults():
+                raise UserError(fault)
+        except TypeError as error:  # values are of their defaults' types, so that it is these
+            raise UserError(f"{DEFAULTS}: a value is of another type than the code needs ({error})"
+                            ) from None  # fmt: skip
+
+    def __getattr__(self, key):  # called where there is no such attribute
+        if key.startswith("__"):  # copy.deepcopy asks
+            raise AttributeError(key)
+        raise UserError(f"{DEFAULTS} has no key {key}, which the code needs: put it back")
 
     def replace(self, **changes):
         """A Config with some keys changed."""
@@ -319,10 +331,11 @@ class Config:
         """What is wrong with the values, in words, the first thing first."""
         for key, names in CHOICES.items():
             if getattr(self, key) not in names:
-                yield f"{key} must be {' or '.join(names)}, not {getattr(self, key)!r}"
+                yield f"{key} must be {' or '.join(map(str, names))}, not {getattr(self, key)!r}"
         for key, (low, high) in RANGES.items():
-            if not low <= getattr(self, key) <= high:
-                yield f"{key} must be from {low:g} to {high:g}, not {getattr(self, key)!r}"
+            value = getattr(self, key)
+            if type(value) not in (int, float) or not low <= value <= high:
+                yield f"{key} must be from {low:g} to {high:g}, not {value!r}"
         if not re.fullmatch(r"[^-./\\=\0][^/\\=\0]*", self.run_id):
             yield f"run_id must be a plain folder name, not {self.run_id!r}"
         if self.d_model % self.n_heads:
@@ -352,11 +365,21 @@ class Config:
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 6e-4 as a number: YAML 1.1, which PyYAML implements, wants 6.0e-4."""
+    """SafeLoader that takes for a number only what is written in decimal, and else for text all but
+    true, false and null. YAML 1.1, which PyYAML implements, reads 1:30 as 90, 010 as 8, 1_000 as
+    1000, no as false, 2026-01-01 as a date, and 6e-4 as text."""
+
+    yaml_implicit_resolvers = {}
 
 
-NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+for kind, pattern in {
+    "null": "|~|null|Null|NULL",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
+}.items():
+    pattern = re.compile(rf"({pattern})\Z")
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, None)
 
 
 def parse_yaml(text, where):
@@ -381,7 +404,7 @@ def read_yaml(path):
     tree = parse_yaml(read_text(path), path)
     try:
         presets = tree.pop("presets", {})
-        return entries(tree), {name: entries(preset) for name, preset in presets.items()}
+        return entries(tree), {str(name): entries(preset) for name, preset in presets.items()}
     except (AttributeError, TypeError):
         raise UserError(f"{path}: write `section:` and, below it, `key: value`") from None
 
@@ -521,11 +544,13 @@ class Run:
             raise UserError(f"{self.metrics_file} has lost lines; restore it, or use --overwrite")
         os.truncate(self.metrics_file, size)
 
-    def metrics(self, event):
-        """The lines of one event in metrics.jsonl, as dicts."""
+    def metrics(self, event, *keys):
+        """The lines of one event in metrics.jsonl, as dicts. UserError where one lacks a key."""
         whole = self.metrics_file.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
         try:
-            return [line for line in map(json.loads, whole) if line["event"] == event]
+            lines = [line for line in map(json.loads, whole) if line["event"] == event]
+            [line[key] for line in lines for key in keys]  # KeyError
+            return lines
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.metrics_file} is damaged ({error!r}); restore it") from None
 
@@ -538,6 +563,7 @@ CORPUS_SHA256 = "6170a8207e9c9a7ec25824bf7f047bf728e2e3670fc06ddf8aae55768955d5c
 MERGES = ROOT / "data" / "vocab.bpe"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_VOCAB_SIZE = 50_257
+END = "<|endoftext|>"  # separates examples: our tokens, and many a text that others made
 
 
 def read_committed(path, sha256):
@@ -548,19 +574,24 @@ def read_committed(path, sha256):
     return data
 
 
-def gpt2_ranks():
-    """GPT-2's BPE as {token bytes: rank}, 50,256 of them.
+def gpt2_merges():
+    """What vocab.bpe says: {character: the byte it stands for}, in the order of their ranks, and
+    the merges, each the two tokens that become one.
 
-    First the 256 bytes, those with a printable character leading, then a token per line of
-    vocab.bpe, which names the two that merge. The file writes the other bytes as chr(256 + i).
+    Bytes with a printable character come first, the others are written as chr(256 + i).
     """
     lines = read_committed(MERGES, MERGES_SHA256).decode("utf-8").splitlines()
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    merged = [bytes(byte_of[c] for c in line if c != " ") for line in lines[1:]]
-    tokens = [bytes([b]) for b in byte_of.values()] + merged
-    return {token: rank for rank, token in enumerate(tokens)}
+    return byte_of, lines[1:]
+
+
+def gpt2_ranks():
+    """GPT-2's BPE as {token bytes: rank}, 50,256 of them: the 256 bytes, then a token per merge."""
+    byte_of, merges = gpt2_merges()
+    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges)]
+    return {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
 
 
 @functools.lru_cache
@@ -568,17 +599,30 @@ def tokenizer(vocab_size):
     """The first vocab_size - 1 ranks of GPT-2's BPE, then <|endoftext|> as id vocab_size - 1.
 
     Merges are ordered and the 256 bytes come first, so every prefix of them is a lossless BPE.
-    Encode text with `encode_ordinary`. UserError unless 257 <= vocab_size <= 50257.
+    Encode text with `encode_ordinary` or, where <|endoftext|> in it is that id, with `encode` and
+    allowed_special="all". UserError unless 257 <= vocab_size <= 50257.
 
-    Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode_ordinary,
+    Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode,
     encode_ordinary_batch, decode and decode_single_token_bytes, and ids below 65,536. Change what
-    stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used.
+    stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used, and
+    what `write_tokenizer` writes.
     """
     if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")
     ranks = {token: rank for token, rank in gpt2_ranks().items() if rank < vocab_size - 1}
     return tiktoken.Encoding(f"gpt2_{vocab_size}", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": vocab_size - 1})
+                             special_tokens={END: vocab_size - 1})
+
+
+def write_tokenizer(folder, vocab_size):
+    """Write `tokenizer(vocab_size)` as the files that transformers' GPT2Tokenizer reads."""
+    byte_of, merges = gpt2_merges()
+    merges = merges[: vocab_size - 257]
+    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges), END]
+    write_json(folder / "vocab.json", {token: rank for rank, token in enumerate(tokens)})
+    write_file(folder / "merges.txt", ["\n".join(["#version: 0.2", *merges, ""]).encode()])
+    write_json(folder / "tokenizer_config.json",
+               {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -586,12 +630,18 @@ def tokenizer(vocab_size):
 
 
 def source_files(source):
-    """The files of data.source, in a fixed order. UserError if there are none."""
+    """The files of data.source, in a fixed order. UserError if there are none.
+
+    In a folder what begins with a dot is left out: copies that editors and systems keep there.
+    """
     if source == "sotu":
         read_committed(CORPUS, CORPUS_SHA256)
         return [CORPUS]
     source = Path(os.path.expanduser(source))
-    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    files = [source]
+    if source.is_dir():
+        files = sorted(file for file in source.rglob("*.*") if file.suffix.lower() == ".txt"
+                       and "/." not in f"/{file.relative_to(source).as_posix()}")  # fmt: skip
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"data.source={source}: give a .txt, a .jsonl, a folder of .txt, or sotu")
     return files
@@ -600,26 +650,31 @@ def source_files(source):
 def read_file(path):
     """The examples of a file: [(text, "train", "val" or None where it does not say), ...].
 
-    Of a .jsonl each line, {"text": ..., "split": ...}; of any other file each paragraph, or each
-    line where there are no ten paragraphs. White space becomes single spaces.
+    Of a .jsonl each line, {"text": ..., "split": ...}; of any other file what <|endoftext|>
+    separates, else each paragraph, else each line: the first of them that gives ten. Wherever
+    <|endoftext|> stands, it ends an example. White space becomes single spaces.
     """
     text = read_text(path)
+    examples = []
     if path.suffix.lower() == ".jsonl":
-        examples = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 record = json.loads(line) if line.strip() else {"text": ""}
-                words, split = record["text"].encode().decode().split(), record.get("split")
+                parts, split = record["text"].encode().decode().split(END), record.get("split")
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                words, split = [], "?"
+                split = "?"
             if split not in ("train", "val", None):
                 raise UserError(f'{path}: line {number} must hold a "text" and, if you like, a '
                                 '"split" of train or val')
-            examples.append((" ".join(words), split))
+            examples += [(part, split) for part in parts]
     else:
-        texts = re.split(r"\n\s*\n", text)
-        texts = texts if len(texts) >= 10 else text.splitlines()
-        examples = [(" ".join(text.split()), None) for text in texts]
+        for or_else in ("", r"|\n\s*\n", r"|\r|\n"):
+            parts = re.split(re.escape(END) + or_else, text)
+            parts = [part for part in parts if re.search(r"\S", part)]
+            if len(parts) >= 10:
+                break
+        examples = [(part, None) for part in parts]
+    examples = [(" ".join(text.split()), split) for text, split in examples]
     return [(text, split) for text, split in examples if text]
 
 
@@ -650,12 +705,13 @@ def read_examples(source, num_examples):
     return examples
 
 
-def load_tokens(config, expected=None):
+def load_tokens(config, expected=None, rows=None):
     """The tokens of a text: train and val, each uint16 (n_tokens,), and their sha256.
 
     Every example is followed by <|endoftext|>. They are kept in config.token_folder, in a file that
     names the text and the vocabulary it was made from, and is made again where these differ or it
-    is damaged. UserError where the sha256 is not the `expected` one: the text of a run has changed.
+    is damaged. UserError where the sha256 is not the `expected` one: the text of a run has changed;
+    and for a new text that is too short to train `rows` of a step on, and to validate.
     """
     sums = hashlib.sha256()
     for path in source_files(config.source):
@@ -671,6 +727,9 @@ def load_tokens(config, expected=None):
             ids = tokenizer(config.vocab_size).encode_ordinary_batch(texts)
             ids = [np.array([*row, config.vocab_size - 1], np.uint16) for row in ids]
             tokens[split] = torch.from_numpy(np.concatenate(ids))
+        if rows:  # UserError: too short, and the tokens of another text are still there
+            training_rows(tokens["train"].numpy(), config.seq_len, rows, 0, 0, 0)
+            validation_rows(tokens["val"].numpy(), config.seq_len)
         write_tensors(path, tokens, made_from)
         sizes = " + ".join(f"{len(part):,}" for part in tokens.values())
         print(f"{path}: {sizes} tokens of {config.source}, to train and to validate", flush=True)
@@ -713,8 +772,8 @@ def training_rows(tokens, seq_len, batch_size, seed, stage, step):
     """
     n_rows = rows_in(len(tokens), seq_len)
     if n_rows < batch_size:
-        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens: lower "
-                        "training.batch_size or model.seq_len")
+        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens: give more text, "
+                        "or lower training.batch_size or model.seq_len")
     starts = [epoch_starts(len(tokens), seq_len, seed, stage, i // n_rows)[i % n_rows]
               for i in range(step * batch_size, (step + 1) * batch_size)]  # fmt: skip
     index = np.array(starts)[:, None] + np.arange(seq_len)  # (batch_size, seq_len)
@@ -728,7 +787,8 @@ def validation_rows(tokens, seq_len, count=None):
     """
     n_rows = (len(tokens) - 1) // (seq_len - 1)
     if n_rows < 1:
-        raise UserError(f"the validation text is shorter than model.seq_len={seq_len}: lower it")
+        raise UserError(f"the validation text is shorter than model.seq_len={seq_len}: give more "
+                        "text, or lower it")
     count = n_rows if count is None else min(count, n_rows)
     starts = np.arange(count) * n_rows // count * (seq_len - 1)
     return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len)].astype(np.int64))
@@ -741,11 +801,14 @@ def validation_rows(tokens, seq_len, count=None):
 @one_line_errors
 def main(argv):
     parser = Parser(description="Make the token files of gpt2.yaml and of each of its presets.")
-    parser.add_argument("--prepare", action="store_true", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--prepare", action="store_true", required=True,
+                        help="do it, where they are not there yet")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="a key of "
+                        "gpt2.yaml, e.g. data.source=my_text.txt")
     args = parser.parse_intermixed_args(argv)
-    for preset in (None, *read_yaml(DEFAULTS)[1]):
-        config = load_config(preset=preset, overrides=args.overrides)
+    configs = [load_config(preset=preset, overrides=args.overrides)
+               for preset in (None, *read_yaml(DEFAULTS)[1])]  # fmt: skip
+    for config in {config.vocab_size: config for config in configs}.values():  # a file for each
         train, val, _ = load_tokens(config)
         print(f"{config.source}, vocabulary {config.vocab_size}: {len(train):,} tokens to train, "
               f"{len(val):,} to validate", flush=True)

@@ -40,10 +40,10 @@ import torch
 import lora
 import quant
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, tokenizer,
-                         validation_rows, write_json)
-from model import GPT, exit_of, noise_of_rows, pick_device, sample, score
+                         validation_rows, write_json, write_tokenizer)
+from model import GPT, exit_of, noise_of_rows, pick_device, sample, score, usable
 from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_run, load_run,
-                               memory, perplexity, print_stages, print_table)
+                               memory, perplexity, print_stages, print_table, stages_of)
 
 ROWS = 100  # validation rows scored by default
 DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
@@ -219,8 +219,9 @@ def bytes_of_tokens(vocab_size):
 def begin(prompt, length, config):
     """What sampling starts from: <|endoftext|>, the prompt, and [MASK] where text is to be written.
 
+    The prompt becomes what training read: its white space single spaces, <|endoftext|> one token.
     Each ____ (four underscores or more) in the prompt is a blank of one token, and then nothing is
-    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last ones.
+    appended. GPT-2's tokens carry their leading space, so text before a blank loses its last one.
 
     Args:
         length: tokens to write behind a prompt without blanks (None: 64, or what there is room for)
@@ -229,11 +230,11 @@ def begin(prompt, length, config):
         (1, T) token ids. UserError where they would not fit into the context.
     """
     encoding = tokenizer(config.vocab_size)
-    *before, last = re.split("_{4,}", prompt)
+    *before, last = re.split("_{4,}", " ".join(prompt.split()))
     ids = [encoding.eot_token]
     for text in before:
-        ids += [*encoding.encode_ordinary(text.rstrip(" ")), config.mask_id]
-    ids += encoding.encode_ordinary(last)
+        ids += [*encoding.encode(text.rstrip(" "), allowed_special="all"), config.mask_id]
+    ids += encoding.encode(last, allowed_special="all")
     room = config.seq_len - len(ids)
     n_masks = 0 if before else length or max(1, min(64, room))
     if n_masks > room:
@@ -248,7 +249,8 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
     Args:
         order, window: as for `sample`; None: the way the run was trained, by diffusion (by
             confidence, WINDOW tokens at a time) or left to right; ancestral: the whole text.
-        watch: show every step. how: exit_k, steps, temperature, top_p, seed, as for `sample`.
+        watch: show every step but the last.
+        how: exit_k, steps, temperature, top_p, seed, as for `sample`.
     """
     config = model.config
     encoding, causal = tokenizer(config.vocab_size), config.attention_mode == "causal"
@@ -263,8 +265,9 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         runs = itertools.groupby(ids, lambda token: token == config.mask_id)
         text = "".join("░" * len([*run]) if masked else encoding.decode([*run])
                        for masked, run in runs)
-        clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
-        print(f"{clear}{ids.count(config.mask_id):3d}  {' '.join(text.split())}", flush=True)
+        clear, left = "\033[2J\033[H" if sys.stdout.isatty() else "", ids.count(config.mask_id)
+        line = f"{left:3d} masked  {' '.join(text.split())}\n" if left else ""  # 0: it is returned
+        print(clear + line, end="", flush=True)
         time.sleep(0.1 if clear else 0)
 
     x = begin(prompt, length, config)
@@ -284,7 +287,7 @@ def report(run, device, kind=None, full=False):
         kind: rebuild the run in this storage; full: score every row instead of ROWS of them.
     """
     model, state, _ = load_run(run, device, kind)
-    config = state.config
+    config, stages = state.config, stages_of(run)
     train, val, digest = load_tokens(config, state.tokens_sha256)
     rows = validation_rows(val, config.seq_len, None if full else ROWS)
     fast = quant.expand(model)
@@ -300,11 +303,14 @@ def report(run, device, kind=None, full=False):
                      "perplexity": perplexity(values.mean().item()),
                      "bits_per_byte": values.mean().item() / math.log(2) / bytes_per_token,
                      "by_row": values.tolist()} for name, values in by_row.items()}
-    stages = run.metrics("stage")
     result = {"losses": losses, "time_steps": time_steps, "rows": len(rows), "stages": stages,
               "tokens_sha256": digest, "config": vars(config)}  # fmt: skip
     path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
-    write_json(path, result)
+    failure = None
+    try:
+        write_json(path, result)
+    except OSError as error:  # a place to read from only: the figures are shown all the same
+        failure = error
 
     print(f"\n{run.name}: {kind_of_run(config)}, finished blocks in "
           f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
@@ -324,6 +330,8 @@ def report(run, device, kind=None, full=False):
     print_stages(run)
     print_texts(model, val, best_exit({name: loss["nats_per_token"]
                                        for name, loss in losses.items()}))
+    if failure:
+        raise failure
     print(f"\nwritten to {path}")
 
 
@@ -452,6 +460,8 @@ def plot(runs, path, device):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    if not os.access(path.parent, os.W_OK):  # said now, not when all is computed
+        raise UserError(f"{path.parent} cannot be written to; choose a file by --to")
     figure = Figure(figsize=(18, 5.5), layout="constrained")
     axes = figure.subplots(1, 3)
     for index, run in enumerate(runs):
@@ -477,7 +487,8 @@ def plot_loss(axes, run, config, colour):
     done = 0
     for stage in fusion_schedule(config):
         for event, key, style in (("step", "loss", "-"), ("validation", "cross_entropy", "--")):
-            lines = [line for line in run.metrics(event) if line["stage"] == stage.block]
+            lines = [line for line in run.metrics(event, "stage", "step", key)
+                     if line["stage"] == stage.block]  # fmt: skip
             axes.plot([done + line["step"] for line in lines], [line[key] for line in lines],
                       style, color=colour, alpha=0.7,
                       label=None if done or event != "step" else run.name)  # fmt: skip
@@ -507,7 +518,7 @@ def plot_memory(axes, run, config):
     """What each stage holds, in bars; a line at what training all layers at once in fp32 holds."""
     with torch.device("meta"):
         standard = 16 * sum(p.numel() for p in GPT(config).parameters()) / MIB
-    for stage in run.metrics("stage"):
+    for stage in stages_of(run):
         name, bottom = f"{run.name} {stage['stage']}", 0.0
         for colour, kind in enumerate(("weights", "gradients", "optimizer")):
             height = stage[f"{kind}_mib"]
@@ -522,7 +533,8 @@ def plot_memory(axes, run, config):
 
 
 def export(run, folder, exit_k=None, kind=None):
-    """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout."""
+    """Write an exit of a run (None: the last), adapters merged, in Hugging Face's GPT-2 layout,
+    with its tokenizer."""
     folder = Path(os.path.expanduser(folder))
     if (folder / "config.json").exists() or (folder / "model.safetensors").exists():
         raise UserError(f"{folder} holds a model already; name a new folder")
@@ -530,6 +542,7 @@ def export(run, folder, exit_k=None, kind=None):
     exit_k = model.exit_or_last(exit_k)
     dtype = torch.float16 if kind == "fp16" else torch.float32
     lora.merge(model, exit_k).save_pretrained(folder, exit_k, dtype)
+    write_tokenizer(folder, model.config.vocab_size)
     print(f"exit {exit_k} of {run.name} written to {folder}: an ordinary GPT-2, without [MASK] and "
           "without the other exits")
 
@@ -571,7 +584,7 @@ def parse(argv):
 
 
 OPTIONS = {
-    "folder": {"metavar": "FOLDER"},
+    "folder": {"metavar": "FOLDER", "help": "where to write it"},
     "runs": {"nargs": "+", "metavar": "RUN", "help": "names in checkpoints/, or paths"},
     "prompt": {"nargs": "?", "default": "", "help": "text to go on from; each ____ in it is a blank"
                " of one token to fill in"},
@@ -585,14 +598,17 @@ OPTIONS = {
     "--order": {"choices": ("ancestral", "confidence", "left-to-right"),
                 "help": "default: the way the run was trained"},
     "--window": {"type": number(int, 1), "metavar": "N", "help": "tokens written together "
-                 f"(confidence: {WINDOW}; ancestral: all)"},
-    "--length": {"type": number(int, 1), "metavar": "N", "help": "tokens to write (64)"},
-    "--steps": {"type": number(int, 1), "metavar": "N", "help": "even time steps (the run's own)"},
+                 f"(confidence: {WINDOW}; ancestral: all; left to right: always 1)"},
+    "--length": {"type": number(int, 1), "metavar": "N", "help": "tokens to write (64; into blanks:"
+                 " always one each)"},
+    "--steps": {"type": number(int, 1), "metavar": "N", "help": "even time steps (the run's own; "
+                "left to right: always 1)"},
     "--temperature": {"type": number(float, 0), "default": 1.0, "metavar": "X",
                       "help": "0: the likeliest (1)"},
     "--top-p": {"type": number(float, 1e-6, 1), "default": 0.95, "metavar": "P",
                 "help": "share of probability kept (0.95)"},
-    "--seed": {"type": number(int, 0, 2**63 - 1), "default": 0, "metavar": "N"},
+    "--seed": {"type": number(int, 0, 2**63 - 1), "default": 0, "metavar": "N",
+               "help": "another one, another text (0)"},
     "--watch": {"action": "store_true", "help": "show every step"},
 }  # fmt: skip
 
@@ -600,7 +616,7 @@ OPTIONS = {
 @one_line_errors
 def main(argv):
     args = parse(argv)
-    device = pick_device(args.device)
+    device = usable(pick_device(args.device))
     keep_freed_memory()
     if args.command in ("compare", "plot"):
         runs = [Run.named(name) for name in args.runs]
@@ -618,7 +634,9 @@ def main(argv):
     elif args.command == "plot":
         plot(runs, Path(os.path.expanduser(args.to or runs[0].folder / "plot.png")), device)
     elif args.command == "precision":
-        write_json(run.folder / "precision.json", precision_table(run, device))
+        path, table = run.folder / "precision.json", precision_table(run, device)
+        write_json(path, table)
+        print(f"\nwritten to {path}")
     else:
         export(run, args.folder, args.exit_k, args.kind)
 

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data_loader import UserError, load_config, read_tensors, write_json, write_tensors
+from data_loader import (GPT2_VOCAB_SIZE, UserError, load_config, read_tensors, write_json,
+                         write_tensors)
 
 # ---------------------------------------------------------------------------------------------
 # 1. The network
@@ -448,6 +449,7 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None, n_scored=No
 
 CHUNK = 512  # positions whose logits exist at one time; on a GPU, which wants few launches, 2048
 SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them
+# (mps, before macOS 15, gets a product into some of a tensor's columns wrong)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -467,7 +469,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = None
         # For grad_W: weights are about 1 / N, which fp16 would lose; divided out as it is summed.
         scale = 2.0 ** len(h).bit_length()
-        chunk, width = (2048, len(W)) if h.is_cuda else (CHUNK, SLICE)
+        chunk, width = (CHUNK, SLICE) if h.is_cpu else (2048, len(W))
         buffer = h.new_empty(min(chunk, len(h)), len(W))  # one chunk's logits, then softmax
         slices = [slice(j, j + width) for j in range(0, len(W), width)]
         for i in range(0, len(h), chunk):
@@ -685,7 +687,8 @@ def read_pretrained(folder, config):
 
     Args:
         folder: with config.json and model.safetensors; or `gpt2`, which is downloaded.
-        config: its sizes must be the folder's; a longer position table is cropped to its seq_len.
+        config: its sizes must be the folder's; a longer position table is cropped to its seq_len,
+            and rows behind GPT-2's vocabulary, padding (50304) or added tokens, are left out.
 
     Returns:
         {name: tensor} with our names and shapes. Every exit norm is GPT-2's final norm, and the
@@ -697,20 +700,26 @@ def read_pretrained(folder, config):
     if folder == "gpt2" and not Path("gpt2").exists():
         folder = fetch_gpt2(Path(os.path.expanduser(config.token_folder)) / "gpt2")
     sizes = read_sizes(folder)
-    positions = sizes["seq_len"]
-    if type(positions) is int and positions > config.seq_len:
-        sizes["seq_len"] = config.seq_len
+    rows, positions = sizes["vocab_size"], sizes["seq_len"]
+    for key, most in (("vocab_size", max(config.vocab_size, GPT2_VOCAB_SIZE)),
+                      ("seq_len", config.seq_len)):  # fmt: skip
+        if type(sizes[key]) is int:
+            sizes[key] = min(sizes[key], most)
     differ = [f"model.{key}={size}" for key, size in sizes.items() if size != getattr(config, key)]
     if differ:
         raise UserError(f"to start from the weights in {folder}, set {' '.join(differ)}")
     file = Path(os.path.expanduser(folder)) / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"{file} is missing; if the weights are sharded, or a .bin, make it with "
+                        f"transformers: GPT2LMHeadModel.from_pretrained({str(folder)!r})"
+                        ".save_pretrained('joined', max_shard_size='99GB')")
     tensors = {}
     for name, tensor in read_tensors(file, sealed=False)[0].items():
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, as a buffer
             tensors[name.removeprefix("transformer.")] = tensor
     head = tensors.pop("lm_head.weight", None)  # in some files, though it is the embedding
     shapes = pretrained_shapes(config, config.n_layers)
-    shapes["wpe.weight"] = (positions, config.d_model)
+    shapes |= {"wte.weight": (rows, config.d_model), "wpe.weight": (positions, config.d_model)}
     for name in shapes | tensors:
         tensor, shape = tensors.get(name), shapes.get(name)
         if None in (tensor, shape) or tensor.shape != shape or not tensor.is_floating_point():
@@ -720,7 +729,7 @@ def read_pretrained(folder, config):
     if head is not None and not torch.equal(head, tensors["wte.weight"]):
         raise UserError(f"{file}: lm_head.weight is not wte.weight (only a tied head is supported)")
     ours = {name: t.t() if name.startswith("h.") else t for name, t in tensors.items()}
-    text = ours["wte.weight"].float()  # (vocab_size, d)
+    text = ours["wte.weight"][: config.vocab_size].float()  # (vocab_size, d)
     others = text.mean(0).expand(config.padded_vocab_size - len(text), -1)
     ours["wte.weight"] = torch.cat([text, others])  # (V, d)
     ours["wpe.weight"] = ours["wpe.weight"][: config.seq_len]
@@ -772,19 +781,30 @@ def pick_device(name):
     return torch.device(name)
 
 
+def usable(device):
+    """The device, if torch can compute on it: it sees GPUs, too, that it has no kernels for."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:
+        raise UserError(f"torch cannot compute on {device} ({str(error).partition(chr(10))[0]}); "
+                        "use training.device=cpu, or for an evaluation --device cpu") from None
+    return device
+
+
 @functools.cache
 def compute_type(device, name="auto"):
     """The type in which matrix products run (weights stay as they are stored). -> torch.dtype
 
     auto: bf16 where the hardware multiplies it natively, else fp16 on CUDA and fp32 elsewhere (a
-    CPU without bf16 units emulates it, slower than fp32).
+    CPU without bf16 units emulates it, slower than fp32; on Apple's, which have them, torch is
+    slower in bf16 too).
     """
     if name == "auto" and device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if native else "fp16"
     elif name == "auto":
         units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = any(units.get(unit) for unit in ("avx512_bf16", "amx_bf16"))  # x86
         name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 

@@ -42,7 +42,7 @@ from data_loader import (DEFAULTS, Config, Parser, Run, UserError, load_config, 
                          one_line_errors, read_tensors, rows_in, training_rows,
                          validation_rows, write_tensors)
 from model import (GPT, compute_type, corrupt, diffusion_loss, noise_of_rows, pick_device,
-                   read_pretrained, score, stratified)
+                   read_pretrained, score, stratified, usable)
 
 MIB = 2**20
 
@@ -348,17 +348,23 @@ def tokens_per_step(config):
 def log_steps(run, state, stage, optimizer, scaler, steps, since):
     """Record (batch, CE by row, gradient norm) of the steps since the last log line. -> the line
 
-    UserError names the first of them whose loss or gradient is not finite.
+    UserError names the first of them whose loss or gradient is not finite. A loss scaler (fp16)
+    expects gradients to overflow now and then: it skips such a step and halves its scale, at first
+    65,536. Below 2^-24, fp16's smallest number, nothing would be left of the others.
     """
     config, by_time_step = state.config, defaultdict(list)
     for number, (batch, ce, grad_norm) in enumerate(steps, state.step + 1 - len(steps)):
         ce = gathered(ce)
-        # A loss scaler (fp16) expects gradients to overflow now and then, and skips those steps.
         if not (ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite())):
             raise UserError(f"stage {stage.block}, step {number}: the loss is {ce.mean().item()}, "
                             f"the gradient norm {grad_norm.item()}; lower training.lr or qlora_lr")
         for m, value in zip(batch[3].tolist(), ce.tolist()):
             by_time_step[m].append(value)
+    if scaler.get_scale() < 2.0**-24:
+        raise UserError(f"stage {stage.block}, step {state.step}: the gradients overflow fp16, and "
+                        "step after step is skipped; begin again with training.compute_type=fp32 "
+                        "(or bf16), or with a lower training.lr or qlora_lr")
+    skipped = not any(grad_norm.isfinite() for _, _, grad_norm in steps)
     memory_now, _ = memory_mib(steps[-1][2].device)
     figures = {
         "loss": float(np.mean([value for values in by_time_step.values() for value in values])),
@@ -374,7 +380,8 @@ def log_steps(run, state, stage, optimizer, scaler, steps, since):
     left = sum(s.steps for s in fusion_schedule(config)[stage.block :]) - state.step
     return (f"stage {stage.block}  step {state.step:5d}/{stage.steps}  loss {figures['loss']:.4f}  "
             f"{speed:7,.0f} tokens/s  {cell(memory_now, '6,.0f')} MiB  "
-            f"eta {left * tokens_per_step(config) / speed / 60:.1f} min")
+            f"eta {left * tokens_per_step(config) / speed / 60:.1f} min"
+            + "  all skipped: the gradients overflow fp16" * skipped)
 
 
 def validate(run, state, model, stage, val_rows):
@@ -424,9 +431,15 @@ def print_table(columns, rows):
                       for text, side, width in zip(line, sides, widths)).rstrip())  # fmt: skip
 
 
+def stages_of(run):
+    """What each stage took and held, from metrics.jsonl."""
+    return run.metrics("stage", "stage", "steps", "seconds", "tokens", "weights_mib",
+                       "gradients_mib", "optimizer_mib", "peak_mib")  # fmt: skip
+
+
 def print_stages(run):
-    """The table of what each stage took and held, from metrics.jsonl."""
-    stages = run.metrics("stage")
+    """`stages_of` a run as a table."""
+    stages = stages_of(run)
     for stage in stages:
         kinds = ("weights_mib", "gradients_mib", "optimizer_mib")
         stage["held_mib"] = sum(stage[kind] for kind in kinds)
@@ -871,7 +884,8 @@ def main(argv):
     parser.add_argument("--resume", metavar="RUN", help="go on where a run was stopped; needs no "
                         "other argument")
     parser.add_argument("--overwrite", action="store_true", help="move an earlier run aside")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="a key of "
+                        "gpt2.yaml, e.g. training.lr=2e-3")
     args = parser.parse_intermixed_args(argv)
     if args.resume is not None:
         run = Run.named(args.resume)
@@ -887,13 +901,13 @@ def main(argv):
         if run.checkpoint.exists() and not args.overwrite:
             raise UserError(f"run {run.name} exists; go on with --resume {run}, move it aside with "
                             "--overwrite, or choose training.run_id=NAME")
-    device = start_processes(pick_device(config.device))
+    device = usable(start_processes(pick_device(config.device)))
     rows = config.batch_size * config.gradient_accumulation
     if rows % world_size():
         raise UserError(f"{world_size()} processes cannot share batch_size x gradient_accumulation "
                         f"= {rows} rows equally")
     # What can fail (text, weights, devices) fails before an earlier run is touched.
-    tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256)
+    tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256, rows)
     val_rows = validation_rows(val_tokens, config.seq_len, config.eval_rows)
     batch_of(tokens, config, fusion_schedule(config)[0], 0)  # UserError: the text is too short
     from_scratch = config.init_from == "scratch"

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import sys
 from unittest.mock import Mock
@@ -141,6 +142,16 @@ def test_gpt2_yaml_is_the_only_place_of_defaults(tmp_path, monkeypatch):
     config = load(tmp_path, text, "training.new=2")
     assert (config.lr, config.new, type(config.new)) == (6e-4, 2, float)
     refused("training.new", config.replace, new="x")
+    # A key that is not there any more, and values of another type, are named.
+    for key in vars(load(tmp_path, text)):
+        without = re.sub(rf"^  {key}:", "  other:", text, count=1, flags=re.M)
+        refused(key, lambda: getattr(load(tmp_path, without), key))
+    for value in ("fast", "", "{a: 1}", "yes", "1:30", "[1]", "2026-01-01"):
+        for key in ("lr", "max_steps", "qlora_enabled", "block_steps", "block_mask_ranges"):
+            other = re.sub(rf"^  {key}: [^#\n]*", f"  {key}: {value} ", text, count=1, flags=re.M)
+            named = "" if "block" in key else key
+            refused(named, load, tmp_path, other)
+            refused(named, load, tmp_path, other, f"training.{key}=[[0, true]]")
 
 
 def test_a_file_of_some_keys_a_preset_overrides_and_back_from_json(tmp_path):
@@ -180,6 +191,10 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     block_mask_ranges=[[0,.4],[.5,.7],[.7,1]] block_mask_ranges=[[0,.4],[.3,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.7],[.7,.9]] block_mask_ranges=[[.1,.4],[.4,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.4],[.4,1]] time_step_mask_fractions=[.2,.1,.5,.8]
+    training.log_interval=1:30 training.log_interval=010 training.log_interval=0o10
+    training.log_interval=0x10 training.log_interval=0b10 training.log_interval=1_000
+    training.lr=1:30.5 training.lr=010 training.lr=1_0.5 training.lr=2026-01-01
+    training.time_step_masking=yes training.time_step_masking=off training.block_steps=[1:30,1,1]
     time_step_mask_fractions=[.1,.1,.5,.8] time_step_mask_fractions=[0,.1,.5,.8]
     time_step_mask_fractions=[.1,.5,1.5] time_step_mask_fractions=[.1,.8]
     """.split():
@@ -194,6 +209,16 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     ):  # fmt: skip
         refused(words, load, tmp_path, text)
     refused("none.yaml", load_config, tmp_path / "none.yaml")
+
+
+def test_numbers_are_decimal_and_text_is_text(tmp_path):
+    """In a file as on the command line, where YAML 1.1 has numbers, dates and truth."""
+    for text in "1:30 010 0x10 1_000 yes off 2026-01-01 2026-01-01T00:00:00Z 1e 1.2.3".split():
+        assert load(tmp_path, f"training: {{run_id: {text}}}").run_id == text
+    assert load(tmp_path, "presets: {100: {training: {lr: 1}}}", preset="100").lr == 1
+    for text in "2 +2 2. 2.0 .2e1 02.0 2e0 20E-1".split():
+        assert load(tmp_path, f"training: {{lr: {text}}}", f"training.qlora_lr={text}").lr == 2
+    assert load(tmp_path, "{training: {qlora_enabled: False}}").qlora_enabled is False
 
 
 def test_every_mask_fraction_has_one_owner():
@@ -244,7 +269,8 @@ def test_metrics_with_half_a_line_a_damaged_line_and_cut_back(tmp_path):
     whole = run.metrics_file.read_bytes()
     run.metrics_file.write_bytes(whole + b'{"event": "step", "lo')  # killed here
     assert run.metrics("step") == [{"event": "step", "loss": None, "more": [1.5, [None, "é"]]}]
-    assert run.metrics("stage") == [{"event": "stage", "seconds": 3}]
+    assert run.metrics("stage", "seconds") == [{"event": "stage", "seconds": 3}]
+    refused(run.metrics_file, run.metrics, "stage", "seconds", "tokens")
     run.cut_metrics(size)
     assert run.metrics_file.read_bytes() == whole[:size] and run.metrics("stage") == []
     refused(run.metrics_file, run.cut_metrics, size + 1)
@@ -285,6 +311,21 @@ def test_ranks_are_gpt2s_and_every_prefix_of_them_is_lossless():
         refused(size, d.tokenizer, size)
 
 
+def test_the_tokenizer_is_written_as_gpt2s_files(tmp_path):
+    byte_of, _ = d.gpt2_merges()
+    assert [len(byte_of), byte_of["Ġ"], byte_of["Ċ"], byte_of["a"]] == [256, *b" \na"]
+    for vocab_size in (257, 4096, 50_257):
+        d.write_tokenizer(tmp_path, vocab_size)
+        rank_of = json.loads((tmp_path / "vocab.json").read_text())
+        assert rank_of.pop("<|endoftext|>") == vocab_size - 1 == len(rank_of)
+        for token, rank in rank_of.items():
+            token = bytes(byte_of[c] for c in token)
+            assert d.tokenizer(vocab_size).decode_single_token_bytes(rank) == token
+        merges = (tmp_path / "merges.txt").read_text().splitlines()[1:]
+        assert [merge.replace(" ", "") for merge in merges] == [*rank_of][256:]
+    assert (tmp_path / "merges.txt").read_bytes() == d.MERGES.read_bytes()
+
+
 def prose(count, seed=0):
     """`count` paragraphs, no two alike."""
     return [f"Of {seed}, é🦉 {' '.join(WORDS[i % 9 : i % 7 + 9])} {i}." for i in range(count)]
@@ -306,15 +347,22 @@ def test_every_format_gives_the_same_examples_and_of_each_file_the_last_tenth(tm
         "dos.txt": "\r\n\r\n".join(spaced),
         "lines.md": "\n".join(p),
         "nine.txt": "\n\n".join("\n".join(p[i : i + 7]) for i in range(0, 60, 7)),
+        "stories.txt": "\n<|endoftext|>\n".join(text.replace("\n", "\n\n") for text in spaced),
+        "few.txt": "\n".join(p[:30]) + "<|endoftext|>" + "\r\n".join(p[30:]),
         "plain.jsonl": "\n".join(json.dumps({"text": text}) for text in spaced) + "\n\n",
+        "packed.jsonl": "\n".join(json.dumps({"text": "<|endoftext|>".join(p[i : i + 7])})
+                                  for i in range(0, 60, 7)),
         "split.jsonl": "\n".join(map(json.dumps, records[54:] + records[:54])),
     }.items():
         source = own_text(tmp_path, text, name).source
         assert d.read_examples(source, 1000) == {"train": p[:54], "val": p[54:]}
     folder = tmp_path / "texts"
-    for name, part in (("b.txt", p[:20]), ("a.txt", p[20:53]), ("c.md", p)):
+    for name, part in (("b.TXT", p[:20]), ("a.txt", p[20:53]), ("c.md", p)):
         own_text(folder, "\n\n".join(part), name)
     own_text(folder / "d", "\n".join(p[53:]), "e.txt")  # seven: a tenth of all, still
+    for hidden in (folder, folder / "d", folder / ".d", folder / ".d" / "d"):  # not read
+        own_text(hidden, b"\0", ".e.txt" if hidden.name != "d" else "._e.TXT")
+    own_text(folder / ".d", "\n".join(p), "e-checkpoint.txt")
     assert d.read_examples(str(folder), 1000) == {
         "train": p[20:50] + p[:18] + p[53:59], "val": p[50:53] + p[18:20] + p[59:]}  # fmt: skip
 
@@ -341,6 +389,9 @@ def test_tokens_are_the_examples_with_separators(tmp_path, capsys, monkeypatch):
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         assert d.main(arguments) == 0
         assert b"? ?'s.txt" in sys.stdout.buffer.getvalue()
+    capsys.readouterr()
+    assert d.main([*arguments, "model.vocab_size=257"]) == 0  # one file, and one line of it
+    assert capsys.readouterr().out.count("vocabulary 257") == 1
     texts = d.read_examples(config.source, 20)
     monkeypatch.setattr(d, "read_examples", None)  # side by side: nothing is made again
     for size in (50_257, 4096):  # those of gpt2.yaml and of its preset

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -254,6 +254,17 @@ def test_a_run_stopped_in_stage_1_can_be_evaluated_but_not_on_another_text(
     out(capsys, "sample", *name)  # needs no text
 
 
+def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(run, monkeypatch, capsys):
+    printed = [out(capsys), out(capsys, "precision")]
+    unwritable = OSError(30, "cannot write: Read-only file system", "the file")
+    monkeypatch.setattr(e, "write_json", Mock(side_effect=unwritable))
+    for command, whole in zip(([], ["precision"]), printed):
+        assert e.main(command) == 2
+        shown = capsys.readouterr()
+        assert shown.err == "error: the file: cannot write: Read-only file system\n"
+        assert shown.out == whole.rpartition("\nwritten to")[0]
+
+
 def test_every_storage_side_by_side(run, capsys):
     before, printed = evaluated(run), out(capsys, "precision")
     table = evaluated(run, "precision.json")
@@ -309,7 +320,9 @@ def test_a_prompt_becomes_tokens_and_masks():
     config, mask = TOY.replace(vocab_size=257, seq_len=16), [257]
     the, of, dot = map(e.tokenizer(257).encode_ordinary, ("the", " of", "."))
     for prompt, length, ids in (("the", None, the + mask * 12), ("the", 2, the + mask * 2),
-                                ("the ____ of_____.", 5, the + mask + of + mask + dot)):
+                                (" the\n ", 2, the + mask * 2),
+                                ("the<|endoftext|>the", 2, the + [256] + the + mask * 2),
+                                ("the ____\r\n of_____.", 5, the + mask + of + mask + dot)):
         assert e.begin(prompt, length, config).tolist() == [[256, *ids]]  # after <|endoftext|>
     for prompt, length in (("the", 13), ("", 16), ("the people of t", None), ("____ " * 16, 1)):
         with pytest.raises(UserError, match="at most 15 tokens"):
@@ -325,8 +338,9 @@ def test_sampling_from_the_command_line(run, monkeypatch, capsys):
     assert out(capsys, "sample", "--temperature", "0") == out(capsys, "sample", "--top-p", "0.001")
     # A line a step: how many masks are left, and the text, a mask being one character.
     printed = out(capsys, "sample", "we", *"--watch --window 6 --length 12 --steps 2".split())
-    assert [(line[:7], line.count("░")) for line in printed.split("\n")[:5]] == [
-        (f" {n:2d}  we", n) for n in (12, 9, 6, 3, 0)]  # fmt: skip
+    *lines, text, end = printed.split("\n")
+    assert [(line[:14], line.count("░")) for line in lines] == [
+        (f" {n:2d} masked  we", n) for n in (12, 9, 6, 3)] and text[:2] == "we"  # fmt: skip
     asked, real = [], e.sample
     monkeypatch.setattr(e, "sample", lambda model, x, order, window, **how:
                         asked.append((order, window)) or real(model, x, order, window, **how))
@@ -369,6 +383,7 @@ def test_an_exit_is_exported_with_its_adapters_merged(run, capsys):
         options = ["--precision", kind, "--exit", str(exit_k)] if kind else []
         out(capsys, "export", f"out/{kind}", *options)
         file = Path(f"out/{kind}/model.safetensors")
+        assert len(json.loads((file.parent / "vocab.json").read_text())) == 257
         dtype = torch.float16 if kind == "fp16" else torch.float32
         assert {tensor.dtype for tensor in read_tensors(file, sealed=False)[0].values()} == {dtype}
         model, exported = train.load_run(run, "cpu", kind)[0], GPT.from_pretrained(file.parent)
@@ -388,6 +403,9 @@ def test_a_picture_shows_what_was_measured(run, monkeypatch, capsys):
     drawn = MagicMock(**{"Figure.return_value.subplots.return_value": panels})
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, drawn)
+    with monkeypatch.context() as patch:
+        patch.setattr(e, "load_run", None)  # nothing is computed in vain
+        fails(e.main, ["plot", "toy", "--to", "none/a.png"], capsys, "--to")
     monkeypatch.setattr(e, "PLOT_ROWS", 8)
     out(capsys, "plot", "toy")
     drawn = [point for call in panels[1].errorbar.call_args_list for point in zip(*call.args[:2])]
@@ -411,7 +429,7 @@ def test_mistakes_end_in_one_line(run, capsys):
     for command, words in (
         (["--run", "other"], ["'other'", "toy"]), (["toy"], ["toy"]), (["export"], ["FOLDER"]),
         (["--precision", "int3"], ["--precision", "int4"]), (["--device", "gpu"], ["'gpu'"]),
-        (["sample", "the people " * 20], ["220 tokens"]), (["sample", "--exit", "9"], ["exit 9"]),
+        (["sample", "the people " * 20], ["219 tokens"]), (["sample", "--exit", "9"], ["exit 9"]),
         (["sample", "--window", "0"], ["--window"]), (["sample", "--top-p", "0"], ["--top-p"]),
         (["sample", "--temperature", "nan"], ["nan"]), (["compare", "toy", "none"], ["'none'"]),
         (["sample", "--order", "x"], ["ancestral"]), (["export", "out", "--exit", "9"], ["exit 9"]),
@@ -419,4 +437,7 @@ def test_mistakes_end_in_one_line(run, capsys):
         fails(e.main, command, capsys, *words)
     changed(run, attention_mode="bidirectional")
     fails(e.main, ["sample", "--order", "left-to-right"], capsys, "causal")
-    assert not Path("out").exists()
+    run.record("stage")
+    (run.folder / "eval.json").unlink()
+    fails(e.main, [], capsys, "metrics.jsonl")
+    assert not Path("out").exists() and not (run.folder / "eval.json").exists()

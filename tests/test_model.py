@@ -6,6 +6,7 @@ import math
 import shutil
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -269,6 +270,27 @@ def test_a_training_step_never_waits_for_a_number_of_masks(monkeypatch):
         diffusion_loss(models[1], *batch)
 
 
+def test_what_a_machine_cannot_do_is_not_asked_of_it(monkeypatch):
+    """bf16 products of Apple's CPUs, products into some columns on mps, GPUs without kernels."""
+    cpu, outs = torch.device("cpu"), []
+    for unit, dtype in (("bf16", torch.float32), ("avx512_bf16", torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+        assert m.compute_type.__wrapped__(cpu) == dtype
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out=None: outs.append(out) or real(a, b, out=out))
+    monkeypatch.setattr(m, "SLICE", 64)
+    monkeypatch.setattr(m, "product_dtype", lambda x: x.dtype)
+    with torch.device("meta"):  # which is no CPU
+        model, hidden, weights = toy_model(vocab_size=200), torch.zeros(2, 7, 16), torch.ones(2, 7)
+        tied_cross_entropy(model, hidden, torch.zeros(2, 7).long(), weights)
+    assert [out.is_contiguous() for out in outs if out is not None] == [True]
+    assert m.usable(cpu) == cpu
+    missing = RuntimeError("CUDA error: no kernel image is available\nCompile with ...")
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=missing))
+    with pytest.raises(UserError, match=r"image is available\); use training.device=cpu"):
+        m.usable(cpu)
+
+
 def test_a_reverse_step_reveals_the_scheduled_share_and_changes_nothing_else():
     model, x_t = toy_model(), torch.full((600, TOY.seq_len), MASK)
     x_t[:, [0, 3]] = 2
@@ -407,8 +429,8 @@ def test_golden_logits_loss_and_gradients():
         assert (grad - theirs).norm() < 1e-4 * theirs.norm(), name
 
 
-def test_other_spellings_of_the_layout_blocks_and_a_shorter_context(tmp_path):
-    """Without the prefix, with the tied head, with the causal mask as buffers."""
+def test_other_spellings_of_the_layout_blocks_and_a_shorter_context(tmp_path, monkeypatch):
+    """Without the prefix, with the tied head, the causal mask as buffers, a padded vocabulary."""
     file = {name.removeprefix("transformer."): t for name, t in stored(GOLDEN).items()}
     mask = torch.ones(1, 1, 16, 16, dtype=torch.bool).tril()
     extra = {"lm_head.weight": file["wte.weight"], "h.0.attn.bias": mask}
@@ -419,6 +441,11 @@ def test_other_spellings_of_the_layout_blocks_and_a_shorter_context(tmp_path):
     assert torch.equal(model.wte.weight[:61], file["wte.weight"])
     assert (model.wte.weight[61:] == file["wte.weight"].mean(0)).all()  # [MASK] and padding
     assert torch.equal(model.h[1].mlp.c_proj.weight, file["h.1.mlp.c_proj.weight"].t())
+    monkeypatch.setattr(m, "GPT2_VOCAB_SIZE", 61)
+    padded = torch.cat([file["wte.weight"], torch.ones(3, 32)])  # rows behind all text
+    golden_copy(tmp_path, file | {"wte.weight": padded, "lm_head.weight": padded}, vocab_size=64)
+    assert same(filled(tmp_path), filled(GOLDEN))
+    refused(tmp_path, "set model.vocab_size=61", config=TWO_BLOCKS.replace(vocab_size=40))
     for name, parameter in model.exit_norms.named_parameters():  # 0.weight, ...
         assert torch.equal(parameter, file["ln_f" + name[1:]])
 
@@ -453,6 +480,8 @@ def test_wrong_tensors_are_named_in_one_line(tmp_path):
         refused(tmp_path, f"model.safetensors: {key.removeprefix('transformer.')}", words)
     del file[name]
     refused(golden_copy(tmp_path, file), "model.safetensors: h.0.attn.c_attn.weight is missing")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    refused(tmp_path, "model.safetensors is missing", "sharded", f"from_pretrained('{tmp_path}')")
 
 
 def test_download(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Stages, the loop, a run's weights on disk, and runs that lose nothing: the real script, small."""
 
+import functools
 import itertools
 import os
 import resource
@@ -244,17 +245,19 @@ def test_recomputing_changes_nothing_but_memory(toy):
     assert kept[2] < kept[1] / 2 < kept[0] / 4, kept  # four of six layers are frozen
 
 
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
 @pytest.mark.filterwarnings("error:.*lru_cache")
-def test_compiled_layers_compute_the_same(monkeypatch):
+def test_compiled_layers_compute_the_same(kind, monkeypatch):
     """Traced as for a GPU, but run by torch: no kernel is built here."""
     real, gradients = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m: real(m, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
     for compiled in ("false", "true"):
         config = toy_config(compile=compiled, n_layers=2, total_blocks=2, block_steps=(1, 1),
                             block_mask_ranges=((0, 0.5), (0.5, 1)))  # fmt: skip
         torch.manual_seed(0)
         model, stage = GPT(config), train.fusion_schedule(config)[1]
-        quant.freeze_block(model, 0, "int4")
+        quant.freeze_block(model, 0, kind)
         optimizer = train.begin_stage(model, stage)
         monkeypatch.setattr(optimizer, "step", lambda: gradients.append(
             {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}))
@@ -556,6 +559,18 @@ def test_nothing_that_is_not_finite_is_ever_saved(toy, monkeypatch, capsys):
         assert state_of(name).step == saved and not Run.named(name).backup(0).exists(), words
 
 
+def test_steps_that_fp16_skips_are_told_and_do_not_go_on_for_ever(toy, monkeypatch, capsys):
+    """By a scale at which every gradient overflows, halved or not."""
+    real, arguments = torch.amp.GradScaler, toy(compute_type="fp16", max_steps=8)
+    for backoff, status in ((0.5, 0), (2.0**-98, 2)):
+        scaler = functools.partial(real, init_scale=2.0**70, backoff_factor=backoff)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        assert train.main([*arguments, "--overwrite"]) == status
+        printed = capsys.readouterr()
+        assert printed.out.count("all skipped") == printed.out.count("tokens/s") == 4 - 2 * status
+    assert "step 2" in printed.err and "compute_type=fp32" in printed.err and state_of().step == 0
+
+
 def test_two_processes_train_as_one(toy):
     """By torchrun, as a user starts it; 8 rows are shared, in micro-batches of 8, then of 2."""
     arguments = toy(run_id="two", batch_size=2, gradient_accumulation=4)
@@ -581,12 +596,15 @@ def test_mistakes_end_in_one_line_and_lose_nothing(toy, monkeypatch, capsys):
     run = trains(toy, max_steps=4)
     flip(run.checkpoint, 100)  # even a damaged one
     Path("short.txt").write_text("One paragraph.\n\nAnd another.")
+    Path("ten.txt").write_text("A word.\n" * 10)
+    Path("nine.txt").write_text(f"{'A word. ' * 50}\n" * 9 + "A word.")
     before = contents(Path())
     for mistake, word in [
         ("--config none.yaml", "none.yaml"), ("--preset tini", "tiny"), ("--resume none", "none"),
         ("--verbose", "--help"), ("training.learning_rate=1", "training.learning_rate"),
         ("lr=fast", "training.lr"), ("max_steps=2", "max_steps"), ("device=gpu", "cpu"),
         ("source=none.txt", "none.txt"), ("source=short.txt", "short.txt"),
+        ("source=ten.txt", "training text has 1 rows"), ("source=nine.txt", "give more text"),
         ("init_from=/nowhere", "/nowhere"), ("batch_size=5", "2 processes"),
     ]:  # fmt: skip
         monkeypatch.setattr(train, "world_size", lambda: 1 + (mistake == "batch_size=5"))
