@@ -102,29 +102,29 @@ def _to_nf4(groups):
     return torch.bucketize(groups / stored, (levels[1:] + levels[:-1]) / 2), scales
 
 
-def table(function):
-    """Decorate a function that makes a table: made once, and torch.compile takes it as it is."""
-    kept = functools.lru_cache(function)
-    return torch.compiler.assume_constant_result(lambda *arguments: kept(*arguments))
-
-
-@table
-def _float8_table(device):
-    """What the 256 codes of float8_e4m3fn stand for, (256,) fp32: not every device has the type."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+# What the 256 codes of float8_e4m3fn stand for, for a device that has no such type.
+FLOAT8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _absmax(codes, scale, center):
     """Undo the double quantization: the (out, n_groups) fp32 scales of an nf4 weight."""
-    codes = _float8_table(codes.device)[codes.long()]
+    if codes.device.type == "mps":
+        codes = FLOAT8.to(codes.device)[codes.long()]
+    else:
+        codes = codes.view(torch.float8_e4m3fn).float()
     scale = scale.repeat_interleave(ABSMAX_GROUP)[: codes.numel()]
     # A group far below the center may come out just under zero, which would flip its signs.
     return (codes * scale.view(codes.shape) + center).clamp(min=0)
 
 
-@table
+@torch.compiler.assume_constant_result  # torch.compile takes the table as it is
 def _pair_table(kind, dtype, device):
     """For each of the 256 bytes its two levels in `dtype`, seen as one integer: (256,)."""
+    return _make_pair_table(kind, dtype, device)
+
+
+@functools.lru_cache
+def _make_pair_table(kind, dtype, device):
     levels = torch.tensor(NF4_LEVELS) if kind == "nf4" else torch.arange(16.0)
     byte = torch.arange(256)
     pairs = levels[torch.stack([byte & 15, byte >> 4], dim=1)].to(dtype)  # (256, 2)
