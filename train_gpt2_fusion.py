@@ -718,48 +718,49 @@ class AdamWInBf16(torch.optim.AdamW):
     is far above that; beta2 over 0.99 is refused (`Config.faults`).
     """
 
-    SLICE = 2**18  # elements in fp32 at one time, on a CPU; a GPU, where launches cost, takes all
+    SLICE = 2**18  # elements in fp32 at one time, on a CPU: they stay in its cache
 
     @torch.no_grad()
     def step(self):
-        """One step of every parameter."""
-        found_inf = getattr(self, "found_inf", None)  # of GradScaler: 1 where a step is skipped
+        """m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, and with m', v' = m / (1 - b1^t),
+        v / (1 - b2^t) the weight moves by -lr (m' / (sqrt(v') + eps) + decay w)."""
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            states = [self.state_of(p) for p in trained]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            parts = []
-            for p, state in zip(trained, states):
-                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                size = p.numel() if p.is_cuda else self.SLICE
-                slices = zip(*(tensor.flatten().split(size) for tensor in tensors))
-                parts += [(*slice_, state["step"]) for slice_ in slices]
-            for some in [parts] if trained[0].is_cuda else ([part] for part in parts):
-                self.update(group, found_inf, *map(list, zip(*some)))
-            if found_inf is not None:
-                torch._foreach_sub_(steps, [found_inf] * len(steps))
+            beta1, beta2 = group["betas"]
+            for weights, gradients, first, second, steps in self.parts(group):
+                m = [torch.empty_like(part, dtype=torch.float32) for part in first]
+                v = [torch.empty_like(part, dtype=torch.float32) for part in second]
+                torch._foreach_copy_(m, first)
+                torch._foreach_copy_(v, second)
+                torch._fused_adamw_(
+                    weights, gradients, m, v, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+                    weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                    maximize=False, found_inf=getattr(self, "found_inf", None),
+                )  # fmt: skip
+                torch._foreach_copy_(first, m)
+                torch._foreach_copy_(second, v)
 
-    def state_of(self, p):
-        """A parameter's state, made at its first step."""
-        if not self.state[p]:
-            moments = {key: torch.zeros_like(p, dtype=torch.bfloat16)
-                       for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
-            self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
-        return self.state[p]
-
-    def update(self, group, found_inf, weights, gradients, first, second, steps):
-        """AdamW in fp32 on lists of tensors, in place; `first` and `second` moments are bf16."""
-        wide = [[torch.empty_like(m, dtype=torch.float32) for m in kept]
-                for kept in (first, second)]  # fmt: skip
-        for target, source in zip(wide, (first, second)):
-            torch._foreach_copy_(target, source)
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(weights, gradients, *wide, [], steps, lr=group["lr"], beta1=beta1,
-                            beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-                            amsgrad=False, maximize=False, found_inf=found_inf)  # fmt: skip
-        for target, source in zip((first, second), wide):
-            torch._foreach_copy_(target, source)
+    def parts(self, group):
+        """Yield a group's weights, gradients, moments and numbers of steps, as five lists: on a CPU
+        of one slice, on a GPU, where launches cost, of all parameters."""
+        rows, counts = [], []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros_like(p, dtype=torch.bfloat16)
+            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            size = p.numel() if p.is_cuda else self.SLICE
+            slices = zip(*(tensor.flatten().split(size) for tensor in tensors))
+            rows += [(*slice_, state["step"]) for slice_ in slices]
+            counts.append(state["step"])
+        torch._foreach_add_(counts, 1)  # also where fp16 overflows and the step is skipped
+        if group["params"][0].is_cuda:
+            yield [*map(list, zip(*rows))]
+        else:
+            yield from ([[part] for part in row] for row in rows)
 
 
 def memory(model, optimizer=None):
