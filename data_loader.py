@@ -398,7 +398,8 @@ def read_yaml(path):
         raise UserError(f"{path}: no such config file: name one with --config")
 
     def entries(tree):
-        return [(section, str(key), value)
+        # `compile` is a text, as auto is one; to yaml true and false are none.
+        return [(section, str(key), str(value).lower() if key == "compile" else value)
                 for section, keys in tree.items() for key, value in keys.items()]  # fmt: skip
 
     tree = parse_yaml(read_text(path), path)
@@ -422,8 +423,6 @@ def typed(value, like):
 
     An int will do for a float; a bool is no number, and nan and inf are none either.
     """
-    if isinstance(like, str) and isinstance(value, bool):  # `compile: true` beside auto
-        return str(value).lower()
     if isinstance(like, list) and isinstance(value, (list, tuple)):
         return tuple(typed(item, like[0]) for item in value)
     if type(like) is float and type(value) in (int, float) and math.isfinite(value):

@@ -142,6 +142,7 @@ def test_gpt2_yaml_is_the_only_place_of_defaults(tmp_path, monkeypatch):
     config = load(tmp_path, text, "training.new=2")
     assert (config.lr, config.new, type(config.new)) == (6e-4, 2, float)
     refused("training.new", config.replace, new="x")
+    assert load(tmp_path, text.replace("compile: auto", "compile: true")).compile == "true"
     # A key that is not there any more, and values of another type, are named.
     for key in vars(load(tmp_path, text)):
         without = re.sub(rf"^  {key}:", "  other:", text, count=1, flags=re.M)
@@ -219,6 +220,9 @@ def test_numbers_are_decimal_and_text_is_text(tmp_path):
     for text in "2 +2 2. 2.0 .2e1 02.0 2e0 20E-1".split():
         assert load(tmp_path, f"training: {{lr: {text}}}", f"training.qlora_lr={text}").lr == 2
     assert load(tmp_path, "{training: {qlora_enabled: False}}").qlora_enabled is False
+    for text in ("true", "false", "auto"):  # of one key true is a text, there and here
+        assert load(tmp_path, f"training: {{compile: {text}}}").compile == text
+        assert load(tmp_path, "{}", f"training.compile={text}").compile == text
 
 
 def test_every_mask_fraction_has_one_owner():
