@@ -615,6 +615,7 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
         exit_k: the exit to read. None: depth by noise, at each mask fraction of the window only the
             blocks up to its owner run; left to right, the last exit.
         steps: number of even time steps (None: the model's own). Not used left to right.
+        seed: of the draws; a GPU's random numbers are others than a CPU's.
         watch: called with the ids (B, T), at the start and after each step that revealed some.
 
     Returns:

@@ -562,7 +562,8 @@ def load_run(run, device="cpu", kind=None, checkpoint=None):
     First the checkpoint is read, for the state; then each finished block's backup, whose seal the
     state knows, and the block is stored in `kind` (None: the run's own quantization_type);
     last come, from the checkpoint, the blocks in training, in fp32, and the optimizer. A run that
-    has just begun has only a state.
+    has just begun has only a state. Training goes on to the same bits on a CPU; a GPU adds some
+    gradients in no fixed order.
 
     Args:
         checkpoint: (State, tensors) where they have been read already.
