@@ -1,7 +1,6 @@
 """Speed and memory of training steps, every kind of step measured in the same way.
 
     python tests/benchmark.py                     GPT-2 Small: about half an hour on 2 cores
-    python tests/benchmark.py --growth            how cost grows: rows, length, layers, rank
     python tests/benchmark.py --preset tiny --steps 9
 
 Where `transformers` and `peft` are installed, their GPT-2 takes steps too, on the same number of
@@ -39,25 +38,16 @@ from model import GPT, compute_type, pick_device
 NEXT_TOKEN = ["mode=standard", "time_step_masking=false"]
 VARIANTS = {
     **{f"stage {k}": (k, []) for k in (0, 1, 2)},
+    **{f"stage {k}, compiled": (k, ["compile=true"]) for k in (0, 2)},
     **{f"stage {k}, no adapters": (k, ["qlora_enabled=false"]) for k in (1, 2)},
-    **{f"stage 2, stored in {kind}": (2, [f"quantization_type={kind}"])
-       for kind in ("fp32", "int4", "nf4")},
-    **{f"stage {k}, nothing recomputed": (k, ["gradient_checkpointing=none"]) for k in (1, 2)},
-    "stage 2, all recomputed": (2, ["gradient_checkpointing=all"]),
+    **{f"stage 2, stored in {kind}": (2, [f"quantization_type={kind}"]) for kind in ("int4", "nf4")},
+    "stage 2, nothing recomputed": (2, ["gradient_checkpointing=none"]),
     "standard": (0, ["mode=standard"]),
     "standard, next-token": (0, NEXT_TOKEN),
-    **{f"stage {k}, freed memory returned": (k, []) for k in (0, 2)},
-    "standard, next-token, freed memory returned": (0, NEXT_TOKEN),
+    **{f"{name}, moments in fp32": (0, [*settings, "moments=fp32"])
+       for name, settings in (("stage 0", []), ("standard", ["mode=standard"]))},
+    "stage 0, freed memory returned": (0, []),
 }  # fmt: skip
-# Stage 2 at 4 x 256, 12 layers, rank 8, and with one of these changed.
-GROWTH = {
-    "4 x 256, 12 layers, rank 8": [],
-    **{f"batch {rows}": [f"batch_size={rows}"] for rows in (8, 16)},
-    **{f"length {length}": [f"seq_len={length}"] for length in (128, 512, 1024)},
-    **{f"layers {3 * n}": [f"n_layers={3 * n}", f"block_size={n}"] for n in (2, 8)},
-    **{f"rank {rank}": [f"qlora_rank={rank}"] for rank in (2, 32)},
-}
-GROWTH = {name: (2, ["batch_size=4", *settings]) for name, settings in GROWTH.items()}
 REFERENCES = ("transformers", "transformers + peft", "transformers, freed memory kept",
               "transformers + peft, freed memory kept")  # fmt: skip
 
@@ -172,7 +162,7 @@ def take_block(name, args):
 
     The machine's own matrix-product rate is measured when the steps and their peak are done.
     """
-    index, settings = (VARIANTS | GROWTH).get(name, (None, []))
+    index, settings = VARIANTS.get(name, (None, []))
     config = load_config(preset=args.preset, overrides=args.overrides + settings)
     device = pick_device(config.device)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=400 * config.seq_len)
@@ -241,8 +231,7 @@ def main(argv):
     parser.add_argument("--preset")
     parser.add_argument("--steps", type=int, default=5, help="counted steps of a block")
     parser.add_argument("--rounds", type=int, default=3, help="blocks of each kind of step")
-    parser.add_argument("--growth", action="store_true", help="how cost grows instead")
-    names = [*VARIANTS, *GROWTH, *REFERENCES]
+    names = [*VARIANTS, *REFERENCES]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME")
     parser.add_argument("--block", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="PATH")
@@ -252,7 +241,7 @@ def main(argv):
         return print(json.dumps(take_block(args.block, args)))
     installed = [name for name in REFERENCES
                  if importlib.util.find_spec("peft" if "peft" in name else "transformers")]
-    chosen = args.only or ([*GROWTH] if args.growth else [*VARIANTS, *installed])
+    chosen = args.only or [*VARIANTS, *installed]
     blocks = {name: [] for name in chosen}
     for number in range(args.rounds):
         for name in chosen:

@@ -34,8 +34,6 @@ from evaluate_gpt2 import best_exit, evaluation
 from train_gpt2_fusion import cell
 
 RESULTS = ROOT / "data" / "results"
-# The short runs of GPT-2 Small are scored on 20 validation rows, which is a fifth of the work.
-ON_20_ROWS = "import sys, evaluate_gpt2 as e; e.ROWS = 20; sys.exit(e.main(sys.argv[1:]))"
 
 # Words that stand for several in the table of rows.
 SHORT = {
@@ -44,11 +42,8 @@ SHORT = {
     "NO_ADAPTERS": "qlora_enabled=false",
     "ONE_BLOCK": "STANDARD total_blocks=1 block_steps=[1] block_mask_ranges=[[0.0,1.0]]",
     "TWO_LAYERS": "ONE_BLOCK model.n_layers=2",
-    "LIGHT": "time_step_mask_fractions=[0.1,0.2,0.3,0.4]",
     "BOTH_WAYS": "model.attention_mode=bidirectional",
     "MANY": "model.dropout=0.1 batch_size=64 max_steps=20000 eval_interval=500",
-    "TUNED": "batch_size=16 block_steps=[8,1,1] qlora_lr=3e-3",
-    "TRIED": "lr=1e-3 qlora_lr=3e-3",
     "OLDER": "data.source=checkpoints/older.jsonl data.token_folder=checkpoints/older-tokens",
     "NEWER": "data.source=checkpoints/newer.jsonl data.token_folder=checkpoints/newer-tokens "
              "model.dropout=0.1",
@@ -59,37 +54,20 @@ SHORT = {
 # The rows by group: a name, and the keys that it changes (without a section: of `training`). A name
 # with {a,b} is one row for each, the value standing where its keys have {}.
 ROWS = """
-[tuning]  four kinds of run, each at four rates, in a third of the time of `main`
-tune-fused-{5e-4,1e-3,2e-3,3e-3}              TUNED max_steps=1450 lr={}
-tune-fused-no-adapters-{5e-4,1e-3,2e-3,3e-3}  NO_ADAPTERS TUNED max_steps=1450 lr={}
-tune-end-to-end-{5e-4,1e-3,2e-3,3e-3}         STANDARD TUNED max_steps=730 lr={}
-tune-next-token-{5e-4,1e-3,2e-3,3e-3}         STANDARD UNMASKED TUNED max_steps=730 lr={}
-[tried]  each differs from a row above in one thing (and in the steps that keep the time equal)
-try-8-rows-fused            TRIED block_steps=[8,1,1] batch_size=8 max_steps=2900
-try-8-rows-end-to-end       STANDARD lr=1e-3 batch_size=8 max_steps=1460
-try-8-rows-next-token       STANDARD UNMASKED lr=2e-3 batch_size=8 max_steps=1460
-try-8-rows-end-to-end-5e-4  STANDARD lr=5e-4 batch_size=8 max_steps=1460
-try-4-rows-fused            TRIED block_steps=[8,1,1] batch_size=4 max_steps=5400
-try-4-rows-end-to-end       STANDARD lr=1e-3 batch_size=4 max_steps=2700
-try-4-rows-next-token       STANDARD UNMASKED lr=2e-3 batch_size=4 max_steps=2700
-try-shares-{2,4,16}-1-1     TRIED batch_size=16 max_steps=1450 block_steps=[{},1,1]
-try-adapter-rate-1e-2       TRIED batch_size=16 max_steps=1450 block_steps=[8,1,1] qlora_lr=1e-2
-try-time-step-0.01          TRIED batch_size=16 max_steps=1450 block_steps=[8,1,1] \
-time_step_mask_fractions=[.01,.1,.2,.3,.4,.5,.6,.7,.8,.85,.9,.95,.99]
-[main]  the tiny preset, four times as long, and its controls; steps for equal training time
-fused-{0,1,2}              max_steps=8800 seed={}
-fused-no-adapters-{0,1,2}  NO_ADAPTERS max_steps=9200 seed={}
-end-to-end-{0,1,2}         STANDARD max_steps=4150 seed={}
-next-token-{0,1,2}         STANDARD UNMASKED max_steps=4150 lr=2e-3 seed={}
-[more]
-end-to-end-2-layers       TWO_LAYERS max_steps=8700
-next-token-2-layers       TWO_LAYERS max_steps=8700 UNMASKED lr=2e-3
-next-token-longer         STANDARD UNMASKED max_steps=4450 lr=2e-3
-fused-int4                quantization_type=int4 max_steps=8800
-fused-trainable           fusion_mode=trainable max_steps=8200
-fused-bidirectional       BOTH_WAYS max_steps=10500
-end-to-end-bidirectional  BOTH_WAYS STANDARD max_steps=4500
-[ideas]  what each is worth: a quarter of the time of the runs above, all of it equal again
+[ladder]  each differs from the one before in one thing; the last four are controls; equal time
+end-to-end-{0,1,2}             STANDARD max_steps=4150 seed={}
+mostly-light-{0,1,2}           STANDARD max_steps=4150 lr=1e-3 seed={}
+fused-no-adapters-{0,1,2}      NO_ADAPTERS max_steps=9200 seed={}
+fused-{0,1,2}                  max_steps=8800 seed={}
+mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=8700 lr=1e-3 seed={}
+next-token-{0,1,2}             STANDARD UNMASKED max_steps=4150 lr=2e-3 seed={}
+2-layers-next-token-{0,1,2}    TWO_LAYERS UNMASKED max_steps=8700 lr=2e-3 seed={}
+[moments]  AdamW's moments between steps in two bytes and in four
+moments-bf16-fused-{0,1,2}       max_steps=2200 seed={}
+moments-fp32-fused-{0,1,2}       max_steps=2200 seed={} moments=fp32
+moments-bf16-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
+moments-fp32-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
+[ideas]  what each is worth: the preset's length, or steps for the same time; most are patches
 fused-quarter    eval_interval=10000 max_steps=2200
 no-adapters      eval_interval=10000 NO_ADAPTERS max_steps=2300
 heavy-to-light   eval_interval=10000 max_steps=2200 \
@@ -104,71 +82,43 @@ drawn-masks      eval_interval=10000 max_steps=3000
 shared-adapters  eval_interval=10000 max_steps=2200
 embeddings-on    eval_interval=10000 max_steps=2150
 both-ways        eval_interval=10000 max_steps=2200
-[why]  light masks alone; their time steps are not the 12, only the continuous bound compares
-light-masks-2-layers  ONE_BLOCK LIGHT model.n_layers=2 max_steps=2200
-light-masks-6-layers  ONE_BLOCK LIGHT block_size=6 max_steps=1040
-[controls-tuning]  the rates of the controls, in a third of their steps
-mostly-light-{5e-4,1e-3,2e-3}                     STANDARD max_steps=1383 lr={}
-mostly-light-2-layers-{5e-4,1e-3,2e-3,3e-3}       TWO_LAYERS max_steps=2900 lr={}
-2-layers-end-to-end-{2.5e-4,5e-4,1e-3,2e-3,3e-3}  TWO_LAYERS max_steps=2900 lr={}
-2-layers-next-token-{1e-3,2e-3,3e-3,5e-3}         TWO_LAYERS UNMASKED max_steps=2900 lr={}
-[controls]  what isolates the blocks: all layers on the fused run's noise (a patch); two layers
-mostly-light-{0,1,2}           STANDARD max_steps=4150 lr=1e-3 seed={}
-mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=8700 lr=1e-3 seed={}
-2-layers-end-to-end-{0,1,2}    TWO_LAYERS max_steps=8700 lr=5e-4 seed={}
-2-layers-next-token-{0,1,2}    TWO_LAYERS UNMASKED max_steps=8700 lr=2e-3 seed={}
-[embeddings]  a rate of its own for the token embedding (two patches)
-embeddings-x{1,3,10}-fused-0       max_steps=2200 seed=0
-embeddings-x{1,3,10}-end-to-end-0  STANDARD max_steps=1040 seed=0
-embeddings-x{1,3,10}-next-token-0  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed=0
-[moments]  AdamW's moments between steps in two bytes and in four
-moments-bf16-fused-{0,1,2}       max_steps=2200 seed={}
-moments-fp32-fused-{0,1,2}       max_steps=2200 seed={} moments=fp32
-moments-bf16-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
-moments-fp32-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
-[pretrained]  after: evaluate_gpt2.py export next-token-gpt2 --run next-token-0 --precision fp32
-fused-from-gpt2  model.init_from=next-token-gpt2 max_steps=4600
-plain-qlora      model.init_from=next-token-gpt2 max_steps=4600 STANDARD
+embeddings-x{3,10}-fused-0       max_steps=2200 seed=0
+embeddings-x{3,10}-next-token-0  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed=0
+[kinds]  other kinds of run, as long as the ladder's
+fused-int4                quantization_type=int4 max_steps=8800
+fused-trainable           fusion_mode=trainable max_steps=8200
+fused-bidirectional       BOTH_WAYS max_steps=10500
+end-to-end-bidirectional  BOTH_WAYS STANDARD max_steps=4500
+[shares]  more of the time for the later blocks, as long as the ladder's
+fused-4-1-1      max_steps=7100 block_steps=[4,1,1]
+fused-1-1-1      max_steps=5500 block_steps=[1,1,1]
+both-ways-1-1-1  max_steps=5500 block_steps=[1,1,1]
 [adapters]  to the newest addresses; after `older`: export older-gpt2 --run older --precision fp32
 older                        OLDER STANDARD UNMASKED max_steps=5200 lr=2e-3
 newer-start                  FROM_OLDER STANDARD max_steps=1 NO_ADAPTERS lr=1e-9
 newer-full                   PLAIN NO_ADAPTERS
-newer-full-3e-4              PLAIN NO_ADAPTERS lr=3e-4
-newer-qlora-{fp32,int4,nf4}  PLAIN quantization_type={}
+newer-qlora-{int4,nf4}       PLAIN quantization_type={}
 newer-qlora-fp16             PLAIN
 newer-qlora-fp16-3e-3        PLAIN qlora_lr=3e-3
 newer-fused                  FROM_OLDER max_steps=1780
 newer-fused-no-adapters      FROM_OLDER max_steps=1780 NO_ADAPTERS
 newer-scratch                NEWER max_steps=1780
 newer-next-token-full        PLAIN NO_ADAPTERS UNMASKED
-newer-next-token-qlora       PLAIN UNMASKED
 newer-next-token-qlora-3e-3  PLAIN UNMASKED qlora_lr=3e-3
-[long]  ten times the steps of `main`; stopped: its decay ends where the first was best
+[long]  ten times the steps of the ladder; stopped: its decay ends where the first was best
 long-next-token          STANDARD UNMASKED max_steps=41500 lr=2e-3 eval_interval=1000
 long-next-token-stopped  STANDARD UNMASKED max_steps=33000 lr=2e-3 eval_interval=1000
 long-next-token-dropout  STANDARD UNMASKED max_steps=41500 lr=2e-3 model.dropout=0.1 \
 eval_interval=1000
 long-fused               max_steps=88000 eval_interval=1000
-long-fused-dropout       max_steps=88000 model.dropout=0.1 eval_interval=1000
 long-end-to-end          STANDARD max_steps=41500 eval_interval=1000
 long-end-to-end-dropout  STANDARD max_steps=41500 model.dropout=0.1 eval_interval=1000
-long-fused-4-1-1         max_steps=71000 block_steps=[4,1,1] eval_interval=1000
-long-fused-1-1-1         max_steps=55000 block_steps=[1,1,1] eval_interval=1000
-both-ways-long           max_steps=88000 eval_interval=1000
-[depth]  more of the time for the later blocks, as long as `main`
-fused-4-1-1      max_steps=7100 block_steps=[4,1,1]
-fused-1-1-1      max_steps=5500 block_steps=[1,1,1]
-both-ways-1-1-1  max_steps=5500 block_steps=[1,1,1]
 [many-passes]  a hundred passes over the corpus: best on a GPU; judged at the best validation
 passes-fused                     MANY block_steps=[8,1,1] lr=1e-3
 passes-fused-bidirectional       MANY block_steps=[8,1,1] lr=1e-3 BOTH_WAYS
 passes-end-to-end                MANY STANDARD lr=1e-3
 passes-end-to-end-bidirectional  MANY STANDARD lr=1e-3 BOTH_WAYS
 passes-next-token                MANY STANDARD UNMASKED lr=2e-3
-[small-tuning]  an eleventh of the time of `small`
-small-tune-fused-{5e-4,1e-3}              max_steps=170 lr={}
-small-tune-end-to-end-{2.5e-4,5e-4,1e-3}  STANDARD max_steps=100 lr={}
-small-tune-next-token-{2.5e-4,5e-4,1e-3}  STANDARD UNMASKED max_steps=100 lr={}
 [small]  gpt2.yaml as it stands, and its controls: steps for 45 minutes on both cores
 small-fused       max_steps=2000 lr=5e-4
 small-next-token  STANDARD UNMASKED max_steps=1100 lr=5e-4
@@ -209,8 +159,8 @@ def arguments(row, settings):
 
 
 def command_of(row, settings):
-    """The command that trains a row. Some need this script: an exercise's change, fewer rows."""
-    if patch_of(row) or row.startswith("small-tune-"):
+    """The command that trains a row. Some need this script: an exercise's change."""
+    if patch_of(row):
         return f"python tests/study.py {row}"
     return "python train_gpt2_fusion.py " + shlex.join(arguments(row, settings))
 
@@ -257,8 +207,7 @@ def run(row, settings, threads, again):
     """Train and evaluate a row, or go on with it. -> its figures; UserError where it failed."""
     run, code, log = Run(ROOT / "checkpoints" / row), ROOT, ROOT / "checkpoints" / f"{row}.log"
     train = ["train_gpt2_fusion.py", *arguments(row, settings)]
-    evaluate = ["-c", ON_20_ROWS] if row.startswith("small-tune-") else ["evaluate_gpt2.py"]
-    commands = [train, [*evaluate, "--run", run.folder]]
+    commands = [train, ["evaluate_gpt2.py", "--run", run.folder]]
     if (run.folder / "eval.json").exists():
         print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
         train += ["--overwrite"]

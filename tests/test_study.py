@@ -30,7 +30,7 @@ def test_every_row_is_a_valid_configuration_and_measured_ones_name_todays_comman
                              overrides=[word for word in words if "=" in word])
         steps = [stage.steps for stage in fusion_schedule(config)]
         assert config.run_id == row and sum(steps) == config.max_steps
-        if config.mode == "fused" and "small-tune-" not in row:
+        if config.mode == "fused":
             assert min(steps) > config.warmup_steps, f"{row}: more max_steps"
     for row, kept in study.measured().items():
         assert kept["command"] == study.command_of(row, EVERY[row])
