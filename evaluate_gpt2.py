@@ -434,7 +434,8 @@ def precision_table(run, device):
         row["to_fp32"] = row[next(iter(losses))] - table[0][next(iter(losses))]
     columns = {"storage": "", "layers_mib": ".1f", "bits_per_weight": ".3f",
                "signal_to_noise_db": ".2f"}  # fmt: skip
-    print(f"{run.name}, {len(rows)} validation rows; to_fp32 is of {next(iter(losses))}\n")
+    print(f"{run.name}, {len(rows)} validation rows; to_fp32: {next(iter(losses))} minus that in "
+          "fp32\n")
     print_table(columns | dict.fromkeys(losses, ".4f") | {"to_fp32": "+z.4f"}, table)
     return table
 

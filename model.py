@@ -213,7 +213,7 @@ class GPT(nn.Module):
         if self.mask_row is not None:
             x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
         x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
-        drops = self.config.dropout + self.config.qlora_dropout > 0  # the same masks when recomputed
+        drops = self.config.dropout + self.config.qlora_dropout > 0  # then masks are made again
         for layer in self.h[: (exit_k + 1) * self.config.block_size]:
             if torch.is_grad_enabled() and self.recomputes(layer):
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=drops)  # (B, T, d)

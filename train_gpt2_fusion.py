@@ -57,9 +57,9 @@ class Stage:
     block: int  # its exit is read; the forward pass stops after this block
     steps: int
     time_steps: tuple[float, ...]  # mask fractions; (0.0,) is next-token training
-    layers: tuple[int, ...]  # trained in fp32
-    embeddings: bool  # trained too?
-    adapted: tuple[int, ...]  # frozen layers whose linears get LoRA adapters for this exit
+    trained: tuple[int, ...]  # layers, in fp32
+    embeddings: bool  # trained too
+    adapted: tuple[int, ...]  # frozen layers, whose linears get LoRA adapters for this exit
     stored: tuple[int, ...]  # blocks that are backed up and converted when the stage ends
     plain_qlora: bool = False  # block 0 is backed up and converted before the first step
 
@@ -82,18 +82,18 @@ def fusion_schedule(config):
     for k in range(blocks):
         up_to_k = tuple(range((k + 1) * size))
         before, own = up_to_k[: k * size], up_to_k[k * size :]
-        layers, adapted = own if frozen else up_to_k, before if frozen else ()
+        trained, adapted = own if frozen else up_to_k, before if frozen else ()
         if frozen:
             stored = (k,)
         else:
             stored = tuple(range(blocks)) if k == blocks - 1 else ()
         if plain:
-            layers, adapted, stored = (), own, ()
+            trained, adapted, stored = (), own, ()
         stages.append(Stage(
             block=k,
             steps=edges[k + 1] - edges[k],
             time_steps=config.time_steps_of(k) if config.time_step_masking else (0.0,),
-            layers=layers,
+            trained=trained,
             embeddings=(k == 0 or not frozen) and not plain,
             adapted=adapted if config.qlora_enabled else (),
             stored=stored,
@@ -144,12 +144,12 @@ def begin_stage(model, stage):
     if stage.plain_qlora:
         at_lr, at_qlora_lr = [], [model.mask_row, *at_qlora_lr, *exit_norm]
     else:
-        at_lr = exit_norm + [p for i in stage.layers for p in model.h[i].parameters()]
+        at_lr = exit_norm + [p for i in stage.trained for p in model.h[i].parameters()]
         at_lr += [model.wte.weight, model.wpe.weight] if stage.embeddings else []
     model.requires_grad_(False)
     for parameter in at_lr + at_qlora_lr:
         parameter.requires_grad_(True)
-    train_mode(model, stage)
+    set_dropout(model, stage)
     groups = [
         # Biases and LayerNorms are not decayed (GPT-2's habit, after Loshchilov and Hutter 2019).
         {"params": [p for p in at_lr if p.dim() == 2], "lr": config.lr},
@@ -172,10 +172,10 @@ def compiles(model):
     return model.config.compile == "true"
 
 
-def train_mode(model, stage):
+def set_dropout(model, stage):
     """Dropout on in what the stage trains; frozen layers run without."""
     model.eval()
-    for i in stage.layers:
+    for i in stage.trained:
         model.h[i].train()
     model.dropout.train(stage.embeddings)
     for module in model.modules():
@@ -207,9 +207,10 @@ def store_blocks(run, state, model, blocks):
 def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, signals):
     """Train all stages, or what the state leaves of them. -> False if asked to stop
 
-    Between two stages. On disk: the backup of the block, a line in metrics.jsonl, a checkpoint
-    that holds no weights but the seals of all backups. In memory: the optimizer goes, the block
-    becomes codes, the next block is appended and trained with adapters on those before.
+    Between two stages, `fusion_mode: frozen`. On disk: the backup of the block, a line in
+    metrics.jsonl, a checkpoint that holds no weights but the seals of all backups. In memory: the
+    optimizer goes, the block becomes codes, the next block is appended and trained with adapters
+    on those before.
 
     Args:
         optimizer_tensors: {name: tensor} from `load_run`, in the middle of a stage.
@@ -390,7 +391,7 @@ def validate(run, state, model, stage, val_rows):
     model.eval()
     scores = [score(model, val_rows, torch.full((len(val_rows),), m), stage.block, noise,
                     batch_size=state.config.batch_size) for m in stage.time_steps]  # fmt: skip
-    train_mode(model, stage)
+    set_dropout(model, stage)
     ce, accuracy = (torch.stack([of_m.mean() for of_m in part]).mean().item()
                     for part in zip(*scores))  # fmt: skip
     record(run, "validation", stage=stage.block, step=state.step, cross_entropy=ce,
@@ -460,13 +461,13 @@ def print_plan(run, config, device, n_tokens):
         f"{config.source}; on {device}, products in {dtype}\n")
     rows = []
     for stage in fusion_schedule(config):
-        layers, adapted = stage.layers, stage.adapted
-        trained = [f"layers {layers[0]}-{layers[-1]}" if layers else "exit norm, [MASK] row"]
-        trained += ["embeddings"] if stage.embeddings else []
-        trained += [f"adapters on layers {adapted[0]}-{adapted[-1]}"] if adapted else []
+        layers, adapted = stage.trained, stage.adapted
+        what = [f"layers {layers[0]}-{layers[-1]}" if layers else "exit norm, [MASK] row"]
+        what += ["embeddings"] if stage.embeddings else []
+        what += [f"adapters on layers {adapted[0]}-{adapted[-1]}"] if adapted else []
         rows.append({"stage": stage.block, "steps": stage.steps,
                      "mask fractions": " ".join(f"{m:g}" for m in stage.time_steps),
-                     "trained": ", ".join(trained)})  # fmt: skip
+                     "trained": ", ".join(what)})  # fmt: skip
     print_table({"stage": "d", "steps": "d", "mask fractions": "", "trained": ""}, rows)
     say()
 

@@ -60,7 +60,7 @@ def matmul_flops(stage, config):
     counted whole, have no weight among their factors: 2 forward, 4 where there is a backward pass.
     The adapters (about 1 %) do not count.
     """
-    d, trained = config.d_model, len(stage.layers)
+    d, trained = config.d_model, len(stage.trained)
     weights, attention = 12 * d * d, 2 * d * config.seq_len  # of a layer
     frozen = (stage.block + 1) * config.block_size - trained
     per_token = 6 * trained * (weights + attention)

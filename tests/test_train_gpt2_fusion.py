@@ -97,7 +97,7 @@ def test_frozen_mode_trains_every_layer_in_exactly_one_stage():
             f"total_blocks={blocks}", f"block_size={size}", f"block_steps={shares}",
             f"block_mask_ranges={bands}", f"time_step_mask_fractions={steps}", "max_steps=1001")
         assert [stage.block for stage in stages] == [*range(blocks)]
-        assert [i for stage in stages for i in stage.layers] == [*range(12)]
+        assert [i for stage in stages for i in stage.trained] == [*range(12)]
         assert sum(stage.steps for stage in stages) == 1001
         assert [m for stage in stages for m in stage.time_steps] == steps
         for k, stage in enumerate(stages):
@@ -108,17 +108,17 @@ def test_frozen_mode_trains_every_layer_in_exactly_one_stage():
 def test_the_schedule_of_the_other_modes():
     everything = tuple(range(12))
     trainable = schedule("fusion_mode=trainable")
-    assert [stage.layers for stage in trainable] == [everything[:n] for n in (4, 8, 12)]
+    assert [stage.trained for stage in trainable] == [everything[:n] for n in (4, 8, 12)]
     assert all(stage.embeddings and not stage.adapted for stage in trainable)
     assert [stage.stored for stage in trainable] == [(), (), (0, 1, 2)]
     for overrides in (["mode=standard"], ["mode=standard", "init_from=x", "qlora_enabled=false"]):
         (standard,) = schedule(*overrides)
-        assert standard.layers == everything and standard.embeddings and not standard.plain_qlora
+        assert standard.trained == everything and standard.embeddings and not standard.plain_qlora
         assert standard.adapted == () and standard.stored == (0,) and standard.steps == 2000
         assert standard.time_steps == load_config().time_step_mask_fractions
     (plain,) = schedule("mode=standard", "init_from=x")
     assert plain.plain_qlora and plain.adapted == everything and not plain.embeddings
-    assert plain.layers == () and plain.stored == ()  # its block is stored before the first step
+    assert plain.trained == () and plain.stored == ()  # its block is stored before the first step
     for stage in schedule("init_from=x", "qlora_enabled=false", "time_step_masking=false"):
         assert stage.time_steps == (0.0,) and not stage.plain_qlora and not stage.adapted
     with pytest.raises(UserError, match="max_steps=2 "):  # a block without a step
