@@ -592,6 +592,7 @@ def load_run(run, device="cpu", kind=None, checkpoint=None):
     optimizer = {name.removeprefix("optimizer."): tensors.pop(name)
                  for name in [*tensors] if name.startswith("optimizer.")}  # fmt: skip
     fill(model, tensors, unfinished, run.checkpoint)
+    tensors.clear()  # views of the file: while one is left, all of it counts as memory
     return model.to(device), state, optimizer
 
 

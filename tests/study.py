@@ -97,7 +97,7 @@ both-ways-1-1-1  max_steps=5500 block_steps=[1,1,1]
 older                        OLDER STANDARD UNMASKED max_steps=5200 lr=2e-3
 newer-start                  FROM_OLDER STANDARD max_steps=1 NO_ADAPTERS lr=1e-9
 newer-full                   PLAIN NO_ADAPTERS
-newer-qlora-{int4,nf4}       PLAIN quantization_type={}
+newer-qlora-int4             PLAIN quantization_type=int4
 newer-qlora-fp16             PLAIN
 newer-qlora-fp16-3e-3        PLAIN qlora_lr=3e-3
 newer-fused                  FROM_OLDER max_steps=1780

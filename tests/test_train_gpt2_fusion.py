@@ -444,6 +444,8 @@ def test_optimizer_and_loss_scaler_go_on_where_they_were(toy):
     state, tensors = train.read_checkpoint(Run.named("toy"))
     assert state.scaler["_growth_tracker"] == tensors["optimizer.wte.weight.step"] == 5
     assert sum(name.endswith(".exp_avg_sq") for name in tensors) == 28
+    train.load_run(Run.named("toy"), checkpoint=(state, tensors))
+    assert not tensors  # views of the file, which are memory as long as there is one
     assert outcome() == outcome("whole")
 
 
