@@ -152,6 +152,11 @@ def written_out(keys):
     return words
 
 
+def seed_of(settings):
+    """The seed among a row's keys, 0 where there is none."""
+    return int((settings + " training.seed=0").partition("training.seed=")[2].split()[0])
+
+
 def arguments(row, settings):
     """The arguments of train_gpt2_fusion.py that train a row."""
     preset = [] if row.startswith("small-") else ["--preset", "tiny"]
@@ -361,6 +366,7 @@ def main(argv):
         return
     if not args.table:
         todo = [row for row in chosen if args.rows or row not in measured()]
+        todo.sort(key=lambda row: seed_of(every[row]))  # rows take turns: first all of one seed
         train({row: every[row] for row in todo}, args.jobs, args.again)
     for group, names in groups.items():
         print_table(group, {row: names[row] for row in names if row in chosen})
