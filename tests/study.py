@@ -63,10 +63,10 @@ mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=8700 lr=1e-3 seed={}
 next-token-{0,1,2}             STANDARD UNMASKED max_steps=4150 lr=2e-3 seed={}
 2-layers-next-token-{0,1,2}    TWO_LAYERS UNMASKED max_steps=8700 lr=2e-3 seed={}
 [moments]  AdamW's moments between steps in two bytes and in four
-moments-bf16-fused-{0,1,2}       max_steps=2200 seed={}
-moments-fp32-fused-{0,1,2}       max_steps=2200 seed={} moments=fp32
-moments-bf16-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
-moments-fp32-next-token-{0,1,2}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
+moments-bf16-fused-{0,1,2}             max_steps=2200 seed={}
+moments-fp32-fused-{0,1,2}             max_steps=2200 seed={} moments=fp32
+moments-bf16-next-token-{0,1,2,3,4,5}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
+moments-fp32-next-token-{0,1,2,3,4,5}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
 [ideas]  what each is worth: the preset's length, or steps for the same time; most are patches
 fused-quarter    eval_interval=10000 max_steps=2200
 no-adapters      eval_interval=10000 NO_ADAPTERS max_steps=2300
@@ -84,6 +84,8 @@ embeddings-on    eval_interval=10000 max_steps=2150
 both-ways        eval_interval=10000 max_steps=2200
 embeddings-x{3,10}-fused-0       max_steps=2200 seed=0
 embeddings-x{3,10}-next-token-0  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed=0
+muon-fused-{2200,1500}      max_steps={}
+muon-next-token-{1040,700}  STANDARD UNMASKED lr=2e-3 max_steps={}
 [kinds]  other kinds of run, as long as the ladder's
 fused-int4                quantization_type=int4 max_steps=8800
 fused-trainable           fusion_mode=trainable max_steps=8200
