@@ -759,6 +759,8 @@ class AdamWInBf16(torch.optim.AdamW):
             slices = zip(*(tensor.flatten().split(size) for tensor in tensors))
             rows += [(*slice_, state["step"]) for slice_ in slices]
             counts.append(state["step"])
+        if not rows:
+            return
         torch._foreach_add_(counts, 1)  # also where fp16 overflows and the step is skipped
         if group["params"][0].is_cuda:
             yield [*map(list, zip(*rows))]

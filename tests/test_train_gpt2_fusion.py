@@ -157,8 +157,8 @@ def test_moments_in_bf16_change_adamw_by_their_rounding_alone(monkeypatch):
     monkeypatch.setattr(train.AdamWInBf16, "SLICE", 100)  # 217 weights: three slices, one shorter
     target, after = torch.randn(7, 31, generator=torch.Generator().manual_seed(0)), {}
     for kind, dtype in ((train.AdamWInBf16, torch.float32), (torch.optim.AdamW, torch.float64)):
-        w, unused = (torch.nn.Parameter(torch.ones(7, 31, dtype=dtype)) for _ in range(2))
-        groups = [{"params": [w, unused], "lr": 0.1}]
+        w, unused, alone = (torch.nn.Parameter(torch.ones(7, 31, dtype=dtype)) for _ in range(3))
+        groups = [{"params": [w, unused], "lr": 0.1}, {"params": [alone]}]
         optimizer = kind(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         for step in range(1, 101):
             groups[0]["lr"] = 0.1 / step
@@ -167,7 +167,7 @@ def test_moments_in_bf16_change_adamw_by_their_rounding_alone(monkeypatch):
             optimizer.zero_grad(set_to_none=True)
             if step in (1, 100):
                 after[dtype, step] = w.detach().double().clone()
-        assert optimizer.state[w]["step"] == 100 and unused.eq(1).all()
+        assert optimizer.state[w]["step"] == 100 and unused.eq(1).all() and alone.eq(1).all()
     error = [(after[torch.float32, step] - after[torch.float64, step]).abs().max().item()
              for step in (1, 100)]  # fmt: skip
     assert error[0] < 1e-6 < 1e-4 < error[1] < 2e-2, error
