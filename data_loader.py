@@ -454,7 +454,7 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
         name, equals, text = override.partition("=")
         section, _, key = name.rpartition(".")
         if not equals:
-            raise UserError(f"{override}: write section.key=value")
+            raise UserError(f"{override}: write section.key=value, or --preset NAME")
         is_text = isinstance(defaults.get(key), str)
         entries.append((section, key, text if is_text else parse_yaml(text, override)))
     values = dict(stored or defaults)
@@ -774,8 +774,8 @@ def training_rows(tokens, seq_len, batch_size, seed, stage, step):
     """
     n_rows = rows_in(len(tokens), seq_len)
     if n_rows < batch_size:
-        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens: give more text, "
-                        "or lower training.batch_size or model.seq_len")
+        raise UserError(f"the training text has {n_rows} rows of {seq_len} tokens, a step takes "
+                        f"{batch_size}: give more, or lower training.batch_size or model.seq_len")
     starts = [epoch_starts(len(tokens), seq_len, seed, stage, i // n_rows)[i % n_rows]
               for i in range(step * batch_size, (step + 1) * batch_size)]  # fmt: skip
     index = np.array(starts)[:, None] + np.arange(seq_len)  # (batch_size, seq_len)

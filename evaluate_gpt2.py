@@ -364,7 +364,7 @@ def evaluation(run):
                                              "tokens_sha256")}  # fmt: skip
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         again = f"python evaluate_gpt2.py --run {run}"
-        raise UserError(f"{path} is missing or damaged; {again}") from None
+        raise UserError(f"{path} is missing or damaged: evaluate first, {again}") from None
 
 
 def compare(runs):

@@ -778,7 +778,8 @@ def pick_device(name):
     kind, _, index = name.partition(":")
     index = index or "0"
     if not index.isdecimal() or int(index) >= there.get(kind, 0):
-        raise UserError(f"device {name!r} is unknown or not here; use auto, cpu, cuda or mps")
+        here = ", ".join(kind for kind in there if there[kind])
+        raise UserError(f"device {name!r} is unknown or not here; torch sees {here}")
     return torch.device(name)
 
 

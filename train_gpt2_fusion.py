@@ -100,7 +100,8 @@ def fusion_schedule(config):
             plain_qlora=plain,
         ))  # fmt: skip
     if config.max_steps and min(stage.steps for stage in stages) < 1:
-        raise UserError(f"training.max_steps={config.max_steps} leaves a block without a step")
+        raise UserError(f"training.max_steps={config.max_steps} leaves a block without a step; "
+                        "give more")
     return stages
 
 
@@ -455,10 +456,11 @@ def print_plan(run, config, device, n_tokens):
     dtype = str(compute_type(device, config.compute_type)).removeprefix("torch.")
     passes = config.max_steps * tokens_per_step(config) / config.seq_len
     passes /= rows_in(n_tokens, config.seq_len)
+    where = str(device) if world_size() == 1 else f"{world_size()} x {device.type}"
     say(f"run {run.name}: {kind_of_run(config)}, {config.attention_mode}; {config.n_layers} layers "
         f"of {config.d_model}, context {config.seq_len}, vocabulary {config.vocab_size}\n"
         f"{config.max_steps} steps of {tokens_per_step(config):,} tokens, {passes:.2g} passes over "
-        f"{config.source}; on {device}, products in {dtype}\n")
+        f"{config.source}; on {where}, products in {dtype}\n")
     rows = []
     for stage in fusion_schedule(config):
         layers, adapted = stage.trained, stage.adapted
@@ -912,10 +914,11 @@ def main(argv):
     if rows % world_size():
         raise UserError(f"{world_size()} processes cannot share batch_size x gradient_accumulation "
                         f"= {rows} rows equally")
-    # What can fail (text, weights, devices) fails before an earlier run is touched.
+    # What can fail (steps, text, weights, devices) fails before an earlier run is touched.
+    first_stage = fusion_schedule(config)[0]
     tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256, rows)
     val_rows = validation_rows(val_tokens, config.seq_len, config.eval_rows)
-    batch_of(tokens, config, fusion_schedule(config)[0], 0)  # UserError: the text is too short
+    batch_of(tokens, config, first_stage, 0)  # UserError: the text is too short
     from_scratch = config.init_from == "scratch"
     pretrained = None if from_scratch else read_pretrained(config.init_from, config)
     if state is None:
@@ -932,7 +935,9 @@ def main(argv):
         finished = train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained,
                          signals)  # fmt: skip
     if not finished:
-        say(f"stopped and saved in {run.folder}; go on: python train_gpt2_fusion.py --resume {run}")
+        python = "python" if world_size() == 1 else f"torchrun --nproc-per-node={world_size()}"
+        say(f"stopped and saved in {run.folder}; go on: "
+            f"{python} train_gpt2_fusion.py --resume {run}")
     else:
         print_stages(run)
         say(f"\nevaluate it:  python evaluate_gpt2.py --run {run}\n"

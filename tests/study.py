@@ -40,8 +40,7 @@ SHORT = {
     "STANDARD": "mode=standard",
     "UNMASKED": "time_step_masking=false",
     "NO_ADAPTERS": "qlora_enabled=false",
-    "ONE_BLOCK": "STANDARD total_blocks=1 block_steps=[1] block_mask_ranges=[[0.0,1.0]]",
-    "TWO_LAYERS": "ONE_BLOCK model.n_layers=2",
+    "TWO_LAYERS": "STANDARD model.n_layers=2",
     "BOTH_WAYS": "model.attention_mode=bidirectional",
     "MANY": "model.dropout=0.1 batch_size=64 max_steps=20000 eval_interval=500",
     "OLDER": "data.source=checkpoints/older.jsonl data.token_folder=checkpoints/older-tokens",
@@ -68,7 +67,7 @@ moments-fp32-fused-{0,1,2}             max_steps=2200 seed={} moments=fp32
 moments-bf16-next-token-{0,1,2,3,4,5}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={}
 moments-fp32-next-token-{0,1,2,3,4,5}  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed={} moments=fp32
 [ideas]  what each is worth: the preset's length, or steps for the same time; most are patches
-fused-quarter    eval_interval=10000 max_steps=2200
+unchanged        eval_interval=10000 max_steps=2200
 no-adapters      eval_interval=10000 NO_ADAPTERS max_steps=2300
 heavy-to-light   eval_interval=10000 max_steps=2200 \
 block_mask_ranges=[[0.7,1.0],[0.4,0.7],[0.0,0.4]]

@@ -53,6 +53,8 @@ def test_every_patch_says_what_and_why_and_changes_what_it_names(copies):
         title, why, seen, command = head.strip().split("\n\n")
         assert "\n" not in title and why.startswith("Why: ") and seen.startswith("What one sees")
         assert command.startswith("    python ")
+        if "study.py " in command:
+            assert set(command.split("study.py ")[1].split()) <= EVERY.keys(), name
         assert {line[6:].strip() for line in diff.splitlines() if line.startswith("+++ b/")} == {
             path.name for path in ROOT.glob("*.py")
             if path.read_text() != (copies[name] / path.name).read_text()}
