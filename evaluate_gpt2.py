@@ -316,7 +316,8 @@ def report(run, device, kind=None, full=False):
           f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
           f"{len(rows)} validation rows of {config.source}, context {config.seq_len}\n")
     if not state.finished:
-        print(f"training has not ended: {model.blocks} of {config.total_blocks} exits are there\n")
+        print(f"training has not ended (--resume {run} goes on): {model.blocks} of "
+              f"{config.total_blocks} exits are there\n")
     if time_steps:
         print_table({"mask_fraction": ".2f", "block": "d", "cross_entropy": ".3f", "stderr": ".3f",
                      "accuracy": ".1%"}, time_steps)  # fmt: skip

@@ -586,6 +586,7 @@ def test_two_processes_train_as_one(toy):
     printed, _ = processes.communicate(timeout=300)
     assert processes.returncode == 0, printed
     assert printed.count("stage 2  step     3/3  loss") == 1  # process 0 alone speaks
+    assert "; on 2 x cpu, products in" in printed
     runs = one, Run.named("two")
     for event, key in (("step", "loss"), ("step", "grad_norm"), ("validation", "cross_entropy")):
         mine, others = ([line[key] for line in run.metrics(event)] for run in runs)
