@@ -85,12 +85,13 @@ embeddings-x{3,10}-fused-0       max_steps=2200 seed=0
 embeddings-x{3,10}-next-token-0  STANDARD UNMASKED max_steps=1040 lr=2e-3 seed=0
 muon-fused-{2200,1500}      max_steps={}
 muon-next-token-{1040,700}  STANDARD UNMASKED lr=2e-3 max_steps={}
-[kinds]  other kinds of run, as long as the ladder's
+[kinds]  other kinds of run, four times as long as the preset
 fused-int4                quantization_type=int4 max_steps=8800
 fused-trainable           fusion_mode=trainable max_steps=8200
 fused-bidirectional       BOTH_WAYS max_steps=10500
 end-to-end-bidirectional  BOTH_WAYS STANDARD max_steps=4500
-[shares]  more of the time for the later blocks, as long as the ladder's
+[shares]  more of the time for the later blocks, four times as long as the preset
+fused-16-1-1     max_steps=8800
 fused-4-1-1      max_steps=7100 block_steps=[4,1,1]
 fused-1-1-1      max_steps=5500 block_steps=[1,1,1]
 both-ways-1-1-1  max_steps=5500 block_steps=[1,1,1]
@@ -106,7 +107,7 @@ newer-fused-no-adapters      FROM_OLDER max_steps=1780 NO_ADAPTERS
 newer-scratch                NEWER max_steps=1780
 newer-next-token-full        PLAIN NO_ADAPTERS UNMASKED
 newer-next-token-qlora-3e-3  PLAIN UNMASKED qlora_lr=3e-3
-[long]  ten times the steps of the ladder; stopped: its decay ends where the first was best
+[long]  forty times as long as the preset; stopped: its decay ends where the first was best
 long-next-token          STANDARD UNMASKED max_steps=41500 lr=2e-3 eval_interval=1000
 long-next-token-stopped  STANDARD UNMASKED max_steps=33000 lr=2e-3 eval_interval=1000
 long-next-token-dropout  STANDARD UNMASKED max_steps=41500 lr=2e-3 model.dropout=0.1 \
