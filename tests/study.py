@@ -54,13 +54,13 @@ SHORT = {
 # with {a,b} is one row for each, the value standing where its keys have {}.
 ROWS = """
 [ladder]  each differs from the one before in one thing; the last four are controls; equal time
-end-to-end-{0,1,2}             STANDARD max_steps=4150 seed={}
-mostly-light-{0,1,2}           STANDARD max_steps=4150 lr=1e-3 seed={}
-fused-no-adapters-{0,1,2}      NO_ADAPTERS max_steps=9200 seed={}
-fused-{0,1,2}                  max_steps=8800 seed={}
-mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=8700 lr=1e-3 seed={}
-next-token-{0,1,2}             STANDARD UNMASKED max_steps=4150 lr=2e-3 seed={}
-2-layers-next-token-{0,1,2}    TWO_LAYERS UNMASKED max_steps=8700 lr=2e-3 seed={}
+end-to-end-{0,1,2}             STANDARD max_steps=1780 seed={}
+mostly-light-{0,1,2}           STANDARD max_steps=1780 lr=1e-3 seed={}
+fused-no-adapters-{0,1,2}      NO_ADAPTERS max_steps=3600 seed={}
+fused-{0,1,2}                  max_steps=3300 seed={}
+mostly-light-2-layers-{0,1,2}  TWO_LAYERS max_steps=3750 lr=1e-3 seed={}
+next-token-{0,1,2}             STANDARD UNMASKED max_steps=1780 lr=2e-3 seed={}
+2-layers-next-token-{0,1,2}    TWO_LAYERS UNMASKED max_steps=3750 lr=2e-3 seed={}
 [moments]  AdamW's moments between steps in two bytes and in four
 moments-bf16-fused-{0,1,2}             max_steps=2200 seed={}
 moments-fp32-fused-{0,1,2}             max_steps=2200 seed={} moments=fp32
