@@ -475,7 +475,7 @@ def plot(runs, path, device):
                 title="training loss; dotted: a stage begins")
     axes[1].set(xlabel="mask fraction m (0: left to right)", ylabel="CE(m), nats per token",
                 title=f"every exit, {PLOT_ROWS} rows; marked where it owns m")
-    axes[2].set(ylabel="MiB", title="held by training; line: by all layers at once")
+    axes[2].set(ylabel="MiB", title="held by training; line: all layers at once, moments in fp32")
     axes[2].tick_params(axis="x", labelrotation=30)
     for panel in axes:
         panel.grid(alpha=0.3)
@@ -517,7 +517,7 @@ def plot_exits(axes, run, model, state, colour):
 
 
 def plot_memory(axes, run, config):
-    """What each stage holds, in bars; a line at what training all layers at once in fp32 holds."""
+    """What each stage holds, in bars; a line at what all layers at once hold, moments in fp32."""
     with torch.device("meta"):
         standard = 16 * sum(p.numel() for p in GPT(config).parameters()) / MIB
     for stage in stages_of(run):
