@@ -197,6 +197,7 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     training.lr=1:30.5 training.lr=010 training.lr=1_0.5 training.lr=2026-01-01
     training.time_step_masking=yes training.time_step_masking=off training.block_steps=[1:30,1,1]
     time_step_mask_fractions=[.1,.1,.5,.8] time_step_mask_fractions=[0,.1,.5,.8]
+    time_step_mask_fractions=[.1,.5,1.5] time_step_mask_fractions=[.1,.8]
     beta2=0.999 moments=fp16 compile=yes checkpoint_seconds=-1
     """.split():
         refused(override.partition("=")[0], load_config, overrides=[override])
