@@ -3,11 +3,10 @@
     python tests/samples.py tiny                            8 samples each way
     python tests/samples.py fused-0 --judge next-token-0    and the perplexity under another run
 
-Orders (ancestral, by confidence) x windows (1, 2, 4, 8, 16, 32 tokens, the whole text) x time steps
-a window (the run's own, 4, 2), depth by noise; the first and the last exit at every step, for whole
-texts and for windows of 8; left to right from every exit where the model is causal; and the
-validation text as a yardstick. The samples of a way are written together, as one batch. The table
-is written to samples.json in the run's folder.
+Orders (ancestral, by confidence) x windows (1, 2, 4, 8, 16 tokens, the whole text) x time steps a
+window (the run's own, 4); left to right from exit 0 where the model is causal; and the validation
+text as a yardstick. The samples of a way are written together, as one batch. The table is written
+to samples.json in the run's folder.
 """
 
 import itertools
@@ -28,9 +27,9 @@ from model import pick_device, sample
 from quant import expand
 from train_gpt2_fusion import load_run, print_table
 
-WINDOWS = (1, 2, 4, 8, 16, 32, None)
-STEPS = (None, 4, 2)
-COLUMNS = {"order": "", "window": "", "steps": "", "exit": "", "seconds": ".4f", "layers": ".2f",
+WINDOWS = (1, 2, 4, 8, 16, None)
+STEPS = (None, 4)
+COLUMNS = {"order": "", "window": "", "steps": "", "seconds": ".4f", "layers": ".2f",
            "judge_perplexity": ".1f", "distinct_2": ".1%", "entropy": ".2f"}  # fmt: skip
 
 
@@ -65,22 +64,20 @@ def load_judge(run, config, length, device):
 
 def ways_of(model):
     """Every way to write that is measured: a list of dicts of options of `sample`."""
-    causal, last = model.config.attention_mode == "causal", model.blocks - 1
     orders = ("ancestral", "confidence")
     ways = [{"order": order, "window": window, "steps": steps}
             for order, window, steps in itertools.product(orders, WINDOWS, STEPS)]  # fmt: skip
-    ways += [{"order": order, "window": window, "exit_k": exit_k}
-             for order, window, exit_k in itertools.product(orders, (8, None), {0, last})]
-    exits = range(model.blocks) if causal else ()
-    return ways + [{"order": "left-to-right", "exit_k": exit_k} for exit_k in exits]
+    if model.config.attention_mode == "causal":
+        ways.append({"order": "left-to-right", "exit_k": 0})
+    return ways
 
 
 def measure(model, x, seed, judge=None):
     """What every way to fill in the [MASK]s of x (R, T) costs and is worth.
 
     Returns:
-        a list of dicts: the way's order, window, steps and exit (None: whole text, the run's own,
-        by noise), `seconds` and `layers` (layer evaluations) for each token, and `text_figures`.
+        a list of dicts: the way's order, window and steps (None: whole text, the run's own),
+        `seconds` and `layers` (layer evaluations) for each token, and `text_figures`.
     """
     table, n_tokens = [], x.size(1) - 1
     for way in ways_of(model):
@@ -88,7 +85,6 @@ def measure(model, x, seed, judge=None):
         ids, layers = sample(model, x, **way, seed=seed)
         ids = ids.cpu()  # before the clock is read: a GPU may still be at work
         row = {"order": way["order"], "window": way.get("window"), "steps": way.get("steps"),
-               "exit": way.get("exit_k"),
                "seconds": (time.perf_counter() - start) / (len(x) * n_tokens),
                "layers": layers.double().mean().item() / n_tokens}  # fmt: skip
         table.append(row | text_figures(ids, judge))

@@ -26,14 +26,14 @@ def test_every_way_to_sample_is_measured(run, monkeypatch, capsys):
     monkeypatch.setattr(samples, "WINDOWS", (1, None))
     assert samples.main("toy --samples 1 --length 9 --judge toy".split()) == 0  # judges itself
     table = json.loads((run.folder / "samples.json").read_text())["table"]
-    ways = [tuple(row.get(key) for key in ("order", "window", "steps", "exit")) for row in table]
-    assert len({*ways}) == len(ways) == 2 * 2 * 3 + 2 * 2 * 2 + 3 + 1
+    ways = [tuple(row.get(key) for key in ("order", "window", "steps")) for row in table]
+    assert len({*ways}) == len(ways) == 2 * 2 * 2 + 1 + 1
     layers = dict(zip(ways, (row.get("layers") for row in table)))
-    # Exit k has 2 (k + 1) layers. In two steps 5 of 9 tokens are shown at m = 1 (exit 2), 4 at 0.5
-    # (exit 1); one after another where m falls to 0.5: from 0.6 (exit 1), from 1 (exit 2).
-    assert [layers["left-to-right", None, None, k] for k in range(3)] == [2, 4, 6]
-    assert layers["confidence", None, 2, None] == pytest.approx((6 + 4) / 9)
-    assert layers["confidence", 1, None, None] == 4 and layers["confidence", 1, 2, None] == 6
+    # Exit k has 2 (k + 1) layers. In four steps tokens are shown at m = 1 and .75 (exit 2), .5
+    # (exit 1) and .25 (exit 0); one alone where m falls to 0.5 or less: from 0.6, from 0.75.
+    assert layers["left-to-right", None, None] == 2
+    assert layers["confidence", None, 4] == pytest.approx((6 + 6 + 4 + 2) / 9)
+    assert layers["confidence", 1, None] == 4 and layers["confidence", 1, 4] == 6
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
     for option, value in (("--length", 40), ("--samples", 0), ("--judge", "none")):
         fails(samples.main, ["toy", option, value], capsys)
