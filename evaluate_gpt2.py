@@ -271,8 +271,8 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         time.sleep(0.1 if clear else 0)
 
     x = begin(prompt, length, config)
-    ids, _ = sample(quant.expand(model), x, order, window, watch=show if watch else lambda x: None,
-                    **how)
+    ids = sample(quant.expand(model), x, order, window, watch=show if watch else lambda x: None,
+                 **how)
     return encoding.decode(ids[0, 1:].tolist())
 
 

@@ -619,7 +619,7 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
         watch: called with the ids (B, T), at the start and after each step that revealed some.
 
     Returns:
-        (B, T) token ids without any [MASK], and the layer evaluations that each row needed, (B,).
+        (B, T) token ids without any [MASK].
     """
     config, device = model.config, model.wte.weight.device
     fractions = config.time_step_mask_fractions
@@ -632,7 +632,6 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
             "generator": torch.Generator(device).manual_seed(seed)}  # fmt: skip
     x = x.to(device, copy=True)
     masks = (x[0] == config.mask_id).nonzero().flatten()
-    layers = torch.zeros(len(x), dtype=torch.long)
     watch(x)
     for places in masks.split(window or max(1, len(masks))):
         end = int(places[-1]) + 1 if len(places) else 0
@@ -646,12 +645,11 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
                 else:
                     n_left = round(m_s * len(places))
                     x_s = confident_step(model, seen, n_left, read, end, **draw)
-            changed = (x_s != seen).any(1)  # where a step had nothing to reveal, no layer ran
-            layers += changed.cpu() * (read + 1) * config.block_size
+            changed = not torch.equal(x_s, seen)
             seen.copy_(x_s)  # into x
-            if changed.any():
+            if changed:
                 watch(x)
-    return x, layers
+    return x
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Everything on a GPU, in order of worth: is it right, does it wait, how fast is it.
 
-    python tests/gpu.py                 on a GPU, in ten minutes or so; figures go to gpu.json
+    python tests/gpu.py                 on a GPU, 16 minutes at most; figures go to gpu.json
     python tests/gpu.py --toy           the same on a CPU at toy sizes, to see that it runs
     python tests/gpu.py right waits     these parts only
 
@@ -12,7 +12,8 @@ speed   steps of GPT-2 Small, each in a process of its own (tests/benchmark.py),
         Face's where `transformers` and `peft` are installed
 small   GPT-2 Small as gpt2.yaml has it, trained and evaluated
 
-Each part is a process with a time limit; what it found is kept at once, and a table printed last.
+Each part is a process with a time limit (speed may reach it); what it found is kept at once, and a
+table printed last.
 """
 
 import importlib.util
@@ -50,7 +51,7 @@ KINDS = {
     "products in fp32": ["compute_type=fp32"],
     "compiled, int4": ["compile=true", "quantization_type=int4"],
 }
-SIZES = {"8 x 256": [], "64 x 256": ["training.batch_size=64"],
+SIZES = {"64 x 256": ["training.batch_size=64"], "8 x 256": [],
          "16 x 1024": ["training.batch_size=16", "model.seq_len=1024"]}  # fmt: skip
 STEPS = ("stage 0", "stage 1", "stage 2", "standard", "standard, next-token")
 THEIRS = ("transformers", "transformers + peft")
@@ -70,7 +71,7 @@ def arguments(folder, name, changes, device):
 
 def right(device, toy):
     """Yield (what, figure); a part fails by an exception."""
-    idx = torch.arange(24).view(2, 12) % 90
+    idx = torch.arange(24).view(2, 12)
     model = GPT.from_pretrained(GOLDEN)
     expected = model(idx).detach()
     logits = model.to(device)(idx.to(device)).detach().cpu()
@@ -133,7 +134,7 @@ def waits(device, toy):
     with tempfile.TemporaryDirectory() as folder:
         for name, changes in kinds(toy).items():
             assert train.main(arguments(folder, name, changes, device)) == 0
-            yield name, "none"
+            yield name, "none" if device.type == "cuda" else "not checked: no GPU"
 
 
 def whole(preset, device, toy):

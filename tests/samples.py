@@ -1,4 +1,4 @@
-"""Every way to sample from a run, measured: seconds, layer evaluations, figures of the text.
+"""Every way to sample from a run, measured by figures of the text.
 
     python tests/samples.py tiny                            8 samples each way
     python tests/samples.py fused-0 --judge next-token-0    and the perplexity under another run
@@ -12,11 +12,7 @@ to samples.json in the run's folder.
 import itertools
 import math
 import sys
-import time
-from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,8 +25,7 @@ from train_gpt2_fusion import load_run, print_table
 
 WINDOWS = (1, 2, 4, 8, 16, None)
 STEPS = (None, 4)
-COLUMNS = {"order": "", "window": "", "steps": "", "seconds": ".4f", "layers": ".2f",
-           "judge_perplexity": ".1f", "distinct_2": ".1%", "entropy": ".2f"}  # fmt: skip
+COLUMNS = {"order": "", "window": "", "steps": "", "judge_perplexity": ".1f", "distinct_2": ".1%"}
 
 
 def text_figures(rows, judge=None):
@@ -38,16 +33,12 @@ def text_figures(rows, judge=None):
 
     Returns:
         dict: perplexity left to right under `judge`'s last exit (None without a judge), the share
-        of distinct 2-grams (None where there are none), the entropy in nats of the token
-        frequencies; the last two over all rows together.
+        of distinct 2-grams, over all rows together (None where there are none).
     """
     ce = judge and left_to_right(judge, rows, judge.blocks - 1).mean().item()
-    written = rows[:, 1:].tolist()
-    pairs = [pair for row in written for pair in itertools.pairwise(row)]
-    share = np.array([*Counter(itertools.chain(*written)).values()]) / sum(map(len, written))
+    pairs = [pair for row in rows[:, 1:].tolist() for pair in itertools.pairwise(row)]
     return {"judge_perplexity": ce and math.exp(ce),
-            "distinct_2": len({*pairs}) / len(pairs) if pairs else None,
-            "entropy": float(-(share * np.log(share)).sum())}  # fmt: skip
+            "distinct_2": len({*pairs}) / len(pairs) if pairs else None}  # fmt: skip
 
 
 def load_judge(run, config, length, device):
@@ -73,21 +64,17 @@ def ways_of(model):
 
 
 def measure(model, x, seed, judge=None):
-    """What every way to fill in the [MASK]s of x (R, T) costs and is worth.
+    """What every way to fill in the [MASK]s of x (R, T) is worth.
 
     Returns:
-        a list of dicts: the way's order, window and steps (None: whole text, the run's own),
-        `seconds` and `layers` (layer evaluations) for each token, and `text_figures`.
+        a list of dicts: the way's order, window and steps (None: whole text, the run's own), and
+        `text_figures`.
     """
-    table, n_tokens = [], x.size(1) - 1
+    table = []
     for way in ways_of(model):
-        start = time.perf_counter()
-        ids, layers = sample(model, x, **way, seed=seed)
-        ids = ids.cpu()  # before the clock is read: a GPU may still be at work
-        row = {"order": way["order"], "window": way.get("window"), "steps": way.get("steps"),
-               "seconds": (time.perf_counter() - start) / (len(x) * n_tokens),
-               "layers": layers.double().mean().item() / n_tokens}  # fmt: skip
-        table.append(row | text_figures(ids, judge))
+        ids = sample(model, x, **way, seed=seed).cpu()
+        told = {key: way.get(key) for key in ("order", "window", "steps")}
+        table.append(told | text_figures(ids, judge))
     return table
 
 

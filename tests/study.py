@@ -4,7 +4,8 @@
     python tests/study.py --table                 the tables of what has been measured, by group
     python tests/study.py fused-0 end-to-end-0    train these rows; a group's name stands for all
     python tests/study.py --jobs 1 small          three hours: GPT-2 Small, one run at a time
-    python tests/study.py                         train all that data/results/ does not hold yet
+    python tests/study.py                         all that data/results/ does not hold: many-passes,
+                                                  hours a row, best on a GPU
 
 A row is a run of the tiny preset, or (small-...) of gpt2.yaml as it stands, with some keys changed:
 one process trains it, one evaluates it, their output in checkpoints/<row>.log. A study that was
@@ -53,7 +54,7 @@ SHORT = {
 # The rows by group: a name, and the keys that it changes (without a section: of `training`). A name
 # with {a,b} is one row for each, the value standing where its keys have {}.
 ROWS = """
-[ladder]  each differs from the one before in one thing; the last four are controls; equal time
+[ladder]  each differs from the one before in one thing; the last three are controls; equal time
 end-to-end-{0,1,2}             STANDARD max_steps=1780 seed={}
 mostly-light-{0,1,2}           STANDARD max_steps=1780 lr=1e-3 seed={}
 fused-no-adapters-{0,1,2}      NO_ADAPTERS max_steps=3600 seed={}
@@ -115,7 +116,7 @@ eval_interval=1000
 long-fused               max_steps=88000 eval_interval=1000
 long-end-to-end          STANDARD max_steps=41500 eval_interval=1000
 long-end-to-end-dropout  STANDARD max_steps=41500 model.dropout=0.1 eval_interval=1000
-[many-passes]  a hundred passes over the corpus: best on a GPU; judged at the best validation
+[many-passes]  a hundred passes over the corpus: best on a GPU
 passes-fused                     MANY block_steps=[8,1,1] lr=1e-3
 passes-fused-bidirectional       MANY block_steps=[8,1,1] lr=1e-3 BOTH_WAYS
 passes-end-to-end                MANY STANDARD lr=1e-3
@@ -238,8 +239,7 @@ def run(row, settings, threads, again):
 def figures(run):
     """What is kept of a run: its metrics; of each stage seconds, memory, validations, stability.
 
-    largest_rise is that of the logged loss from one line to the next, in nats; largest_grad_norm
-    that of the lines after step 100, before clipping (None in a shorter stage).
+    largest_rise is that of the logged loss from one line to the next, in nats.
     """
     result, stages = evaluation(run), []
     validations, steps = run.metrics("validation"), run.metrics("step")
@@ -248,13 +248,12 @@ def figures(run):
                 if line["stage"] == number]
         lines = [line for line in steps if line["stage"] == number]
         rises = [after["loss"] - line["loss"] for line, after in zip(lines, lines[1:])]
-        norms = [line["grad_norm"] for line in lines if line["step"] > 100]
         stages.append({
             "steps": stage["steps"], "seconds": stage["seconds"], "tokens": stage["tokens"],
             "held_mib": sum(stage[f"{kind}_mib"] for kind in ("weights", "gradients", "optimizer")),
             "peak_mib": stage["peak_mib"],
             "validation": {"best": min(seen)[0], "best_step": min(seen)[1], "last": seen[-1][0]},
-            "largest_rise": max([0.0, *rises]), "largest_grad_norm": max(norms, default=None),
+            "largest_rise": max([0.0, *rises]),
         })  # fmt: skip
     losses = result["losses"]
     nats, bits = ({name: loss[key] for name, loss in losses.items()}
@@ -262,7 +261,6 @@ def figures(run):
     exits = [nats[name] for name in nats if name.startswith("left_to_right")]
     return {
         "nelbo_12": nats.get("nelbo_12"), "nelbo": nats.get("nelbo"),
-        "nelbo_stderr": losses["nelbo"]["stderr"] if "nelbo" in losses else None,
         "left_to_right": exits or None,
         "bits_per_byte": {"nelbo": bits.get("nelbo"), "left_to_right": bits.get(best_exit(nats))},
         "unigram": nats["unigram"], "rows": result["rows"],
@@ -297,9 +295,8 @@ def print_table(group, settings):
     """A Markdown table of a group, {row: settings}; rows that differ in their seed share a line.
 
     Nats per token; left to right at the best exit; bits per byte by the continuous bound, or left
-    to right where there is none. `+-` is the standard deviation over the seeds. Rise and gradient
-    norm (see `figures`) are the largest of all stages and seeds; rows measured before they were
-    kept have "-".
+    to right where there is none. `+-` is the standard deviation over the seeds. The rise (see
+    `figures`) is the largest of all stages and seeds; rows measured before it was kept have "-".
     """
     done, lines, table = measured(), {}, []
     for row in (row for row in settings if row in done):
@@ -315,18 +312,17 @@ def print_table(group, settings):
         bounds = ([run[key] if masked else None for run in runs] for key in ("nelbo_12", "nelbo"))
         held, peak = (" / ".join(f"{statistics.mean(run[key] for run in stage):.0f}"
                                  for stage in stages) for key in ("held_mib", "peak_mib"))
-        rise, norm = (max((run[key] for stage in stages for run in stage
-                           if run.get(key) is not None), default=None)
-                      for key in ("largest_rise", "largest_grad_norm"))
-        cells = (line, str(len(runs)), mean(seconds, 0), f"{tokens[0] / 1e6:.2f}",
+        rise = max((run["largest_rise"] for stage in stages for run in stage
+                    if "largest_rise" in run), default=None)  # fmt: skip
+        steps = sum(stage["steps"] for stage in runs[0]["stages"])
+        cells = (line, str(steps), mean(seconds, 0),
                  mean([n / s for n, s in zip(tokens, seconds)], 0), *(mean(b, 3) for b in bounds),
-                 mean(exits, 3), f"{statistics.mean(bits):.3f}", held, peak, cell(rise, ".3f"),
-                 cell(norm, ".2f"))  # fmt: skip
+                 mean(exits, 3), f"{statistics.mean(bits):.3f}", held, peak, cell(rise, ".3f"))
         table.append(f"| {' | '.join(cells)} |")
     if table:
-        print(f"\n{group}\n\n| run | seeds | seconds | M tokens | tokens/s | NELBO_12 | NELBO | "
-              "left to right | bits/byte | MiB held, by stage | MiB at the peak | largest rise | "
-              f"largest gradient norm |\n|{'---|' * 13}", *table, sep="\n")
+        print(f"\n{group}\n\n| run | steps | seconds | tokens/s | NELBO_12 | NELBO | "
+              "left to right | bits/byte | MiB held, by stage | MiB at the peak | largest rise |\n"
+              f"|{'---|' * 11}", *table, sep="\n")
 
 
 def train(todo, jobs, again):

@@ -192,10 +192,8 @@ def test_a_mistake_in_the_configuration_is_named(tmp_path):
     block_mask_ranges=[[0,.4],[.5,.7],[.7,1]] block_mask_ranges=[[0,.4],[.3,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.7],[.7,.9]] block_mask_ranges=[[.1,.4],[.4,.7],[.7,1]]
     block_mask_ranges=[[0,.4],[.4,.4],[.4,1]] time_step_mask_fractions=[.2,.1,.5,.8]
-    training.log_interval=1:30 training.log_interval=010 training.log_interval=0o10
-    training.log_interval=0x10 training.log_interval=0b10 training.log_interval=1_000
-    training.lr=1:30.5 training.lr=010 training.lr=1_0.5 training.lr=2026-01-01
-    training.time_step_masking=yes training.time_step_masking=off training.block_steps=[1:30,1,1]
+    training.log_interval=010 training.lr=1:30 training.time_step_masking=yes
+    training.block_steps=[1:30,1,1]
     time_step_mask_fractions=[.1,.1,.5,.8] time_step_mask_fractions=[0,.1,.5,.8]
     time_step_mask_fractions=[.1,.5,1.5] time_step_mask_fractions=[.1,.8]
     beta2=0.999 moments=fp16 compile=yes checkpoint_seconds=-1
@@ -293,6 +291,12 @@ def test_the_committed_files_and_their_examples(tmp_path):
     examples = d.read_examples("sotu", 10_000)
     train, val = ({*examples[split]} for split in ("train", "val"))
     assert (len(train), len(val), len(train | val)) == (9000, 1000, 10_000)
+    rows = [json.loads(line) for line in d.CORPUS.read_text().splitlines()]
+    groups = {split: {row["source"].rpartition("-")[0] for row in rows if row["split"] == split}
+              for split in examples}
+    assert not groups["train"] & groups["val"]  # an address validates whole, or not at all
+    tokens = d.tokenizer(50_257).encode_ordinary_batch([row["text"] for row in rows])
+    assert all(64 <= len(ids) <= 160 for ids in tokens)
     some = d.read_examples("sotu", 100)  # spread evenly over the text
     assert some == {split: texts[::100] for split, texts in examples.items()}
 

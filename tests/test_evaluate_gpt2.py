@@ -89,14 +89,9 @@ def enumerated_nelbo_12(model, rows):
 
 
 @BOTH
-def test_nelbo_12_estimates_the_enumerated_value_and_is_it(attention, together, monkeypatch):
-    """It is where time steps are quarters: the 4^3 grid of uniform numbers for three positions
-    gives every mask as often as its probability says, so that no error is left."""
-    model, row = small(attention), torch.tensor([0, 2, 1, 2])
-    bounds = [e.nelbo_12(model, row.repeat(6, 1), seed=seed)[0].mean() for seed in range(8)]
-    error = np.std(bounds, ddof=1) / math.sqrt(8)
-    assert abs(np.mean(bounds) - enumerated_nelbo_12(model, row)) < 4 * error + 1e-6
-    assert error < 0.4
+def test_nelbo_12_is_the_enumerated_value(attention, together, monkeypatch):
+    """Where time steps are quarters, the 4^3 grid of uniform numbers for three positions gives
+    every mask as often as its probability says, so that no error is left."""
     grid = torch.tensor([*itertools.product([0.5], *[[0.125, 0.375, 0.625, 0.875]] * 3)])  # (64, 4)
     monkeypatch.setattr(e, "noise_of_rows", lambda *args: grid)
     for scale, row, last in ((4, [0, 2, 1, 2], 0.75), (4, [1, 0, 0, 2], 1.0), (0, [2] * 4, 0.75)):
@@ -190,14 +185,6 @@ def test_standard_errors_are_over_the_rows(run):
     for figure, values in (*pairs, (losses["nelbo"], replicates.mean(1)), (step, ce)):
         assert figure["stderr"] == pytest.approx(np.std([*values], ddof=1) / math.sqrt(8))
     assert e.standard_error(torch.ones(1)) is None
-
-
-def test_a_table_has_text_left_and_numbers_right(capsys):
-    rows = [{"name": "a", "n": 1200, "share": None}, {"name": "long one", "n": 7, "share": 0.125}]
-    train.print_table({"name": "", "n": ",d", "share": ".1%"}, rows)
-    assert capsys.readouterr().out == ("name          n  share\n"
-                                       "a         1,200      -\n"
-                                       "long one      7  12.5%\n")  # fmt: skip
 
 
 @pytest.mark.parametrize("changes, names, orders", [

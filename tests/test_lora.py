@@ -9,7 +9,7 @@ from torch import nn
 
 import lora
 import quant
-from model import GPT, diffusion_loss
+from model import GPT
 
 D = 64
 IDX = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(11))
@@ -77,27 +77,9 @@ def test_exits_are_independent_bit_for_bit(kind):
     assert [*map(torch.equal, read(model), both)] == [True, False, True]
 
 
-def test_adapters_are_a_function_of_the_seed_and_the_exit():
-    drawn = []
-    for seed, exit_k in ((5, 2), (5, 2), (6, 2), (5, 1)):
-        model = toy_model(seed=seed)
-        torch.manual_seed(len(drawn))  # the global state has no say
-        lora.add_adapters(model, exit_k, range(4))
-        drawn.append([*lora.adapter_parameters(model, exit_k).values()])
-    assert all(map(torch.equal, drawn[0], drawn[1]))
-    for other in (drawn[2][0], drawn[3][0], drawn[0][8]):  # nor are two layers alike
-        assert not torch.equal(drawn[0][0], other)
-
-
-def test_the_layers_are_those_that_are_named_and_two_mistakes_are_refused():
+def test_two_mistakes_are_refused():
     model = toy_model()
     lora.add_adapters(model, 1, [1, 4])
-    assert {name.split(".lora_")[0] for name in lora.adapter_parameters(model, 1)} == {
-        f"h.{i}.{linear}" for i in (1, 4)
-        for linear in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    }  # fmt: skip
-    lora.add_adapters(model, 10, [0, 1])  # no mistake: another exit
-    assert [len(lora.adapter_parameters(model, exit_k)) for exit_k in (0, 1, 10)] == [0, 16, 16]
     with pytest.raises(ValueError, match="exit 1 has an adapter"):
         lora.add_adapters(model, 1, [1])
     with pytest.raises(ValueError, match="rank 0"):
@@ -132,24 +114,8 @@ def test_the_formula_its_gradients_and_dropout_on_the_adapter_alone(kind):
     assert torch.equal(layer(X), base(X))
 
 
-def test_a_recomputed_layer_gives_the_same_gradients():
-    """The backward pass runs the layer again, and with the adapters of the exit that was read."""
-    grads, runs = {}, []
-    for mode in ("none", "frozen", "all"):
-        model = toy_model("nf4", gradient_checkpointing=mode)
-        parameters = [*adapt(model, 1), *adapt(model, 2), *model.h[5].parameters()]
-        for layer in model.h:
-            layer.ln_1.register_forward_hook(lambda *_, mode=mode: runs.append(mode))
-        for exit_k in (1, 2):
-            diffusion_loss(model, IDX, IDX, IDX < 0, torch.zeros(2), exit_k)[0].backward()
-        grads[mode] = [p.grad for p in parameters]
-        assert all(map(torch.equal, grads[mode], grads["none"])), mode
-    assert [runs.count(mode) for mode in grads] == [4 + 6, 2 * 4 + 2 * 4 + 2, 2 * (4 + 6)]
-    assert all(grad.abs().sum() > 0 for grad in grads["all"])
-
-
 @STORED
-def test_merge_equals_the_adapters(kind, tmp_path):
+def test_merge_equals_the_adapters(kind):
     model = toy_model(kind).eval()
     adapt(model, 1)
     adapt(model, 2)
@@ -161,8 +127,5 @@ def test_merge_equals_the_adapters(kind, tmp_path):
         torch.testing.assert_close(got[exit_k], expected, atol=2e-5, rtol=1e-5)
         other = 1 if exit_k == 2 else 2  # its adapters are gone
         assert not torch.equal(got[other], read(model)[other])
-    merged.save_pretrained(tmp_path)
-    logits = GPT.from_pretrained(tmp_path)(IDX)[..., :257]
-    torch.testing.assert_close(logits, model(IDX)[..., :257], atol=1e-4, rtol=1e-4)
     for name, tensor in model.train().eval().state_dict().items():
         assert torch.equal(tensor, state.pop(name))  # a copy, no side effect

@@ -53,12 +53,6 @@ def test_codes_unpack_to_the_levels_they_were_packed_from(kind):
         assert torch.equal(layer.dequantize(torch.float64), expected)
 
 
-def test_the_table_of_float8_is_what_the_type_says():
-    codes = torch.arange(256, dtype=torch.uint8)
-    assert quant.FLOAT8.nan_to_num().equal(codes.view(torch.float8_e4m3fn).float().nan_to_num())
-    assert quant.FLOAT8[0x08] == 2**-6 and quant.FLOAT8[0xFE] == -448  # smallest normal; largest
-
-
 # Measured over 12 seeds at this size (mean, standard deviation): int4 20.953 +- 0.012 dB, nf4
 # 20.727 +- 0.009. Straight to bf16 (8 bits) costs another 0.026 +- 0.001 and 0.008 +- 0.001.
 @pytest.mark.parametrize("kind, least", [("int4", 20.91), ("nf4", 20.69)])

@@ -15,8 +15,7 @@ from model import GPT
 
 def test_figures_of_text_by_hand():
     rows = torch.tensor([[9, 0, 1, 0], [9, 0, 1, 1]])  # position 0 is context; 01, 10, 01, 11
-    perplexity, distinct_2, entropy = samples.text_figures(rows).values()
-    assert (perplexity, distinct_2) == (None, 3 / 4) and entropy == pytest.approx(math.log(2))
+    assert [*samples.text_figures(rows).values()] == [None, 3 / 4]
     judge = GPT(toy_config())
     expected = math.exp(left_to_right(judge, rows, 2).mean())  # of its last exit
     assert samples.text_figures(rows, judge)["judge_perplexity"] == pytest.approx(expected)
@@ -28,12 +27,6 @@ def test_every_way_to_sample_is_measured(run, monkeypatch, capsys):
     table = json.loads((run.folder / "samples.json").read_text())["table"]
     ways = [tuple(row.get(key) for key in ("order", "window", "steps")) for row in table]
     assert len({*ways}) == len(ways) == 2 * 2 * 2 + 1 + 1
-    layers = dict(zip(ways, (row.get("layers") for row in table)))
-    # Exit k has 2 (k + 1) layers. In four steps tokens are shown at m = 1 and .75 (exit 2), .5
-    # (exit 1) and .25 (exit 0); one alone where m falls to 0.5 or less: from 0.6, from 0.75.
-    assert layers["left-to-right", None, None] == 2
-    assert layers["confidence", None, 4] == pytest.approx((6 + 6 + 4 + 2) / 9)
-    assert layers["confidence", 1, None] == 4 and layers["confidence", 1, 4] == 6
     assert all(row["judge_perplexity"] > 1 and 0 < row["distinct_2"] <= 1 for row in table)
     for option, value in (("--length", 40), ("--samples", 0), ("--judge", "none")):
         fails(samples.main, ["toy", option, value], capsys)

@@ -138,12 +138,15 @@ def test_every_step_has_its_rate_and_its_dropout_and_gradients_are_clipped(toy, 
 
     def step(loss_of, optimizer, *arguments):
         shares = {group["lr"] / group["peak_lr"] for group in optimizer.param_groups}
-        seen.append((len(shares), torch.initial_seed()))
+        seen.append((*shares, torch.initial_seed()))
         return real(loss_of, optimizer, *arguments)
 
     monkeypatch.setattr(train, "train_step", step)
     run = trains(toy, qlora_dropout=0.1, max_steps=8, warmup_steps=0, weight_decay=0)
-    assert [groups for groups, _ in seen] == [1] * 8 == [len({seed}) for _, seed in seen]
+    config = train.read_checkpoint(run)[0].config
+    expected = [train.learning_rate_share(step, stage, config)
+                for stage in train.fusion_schedule(config) for step in range(stage.steps)]
+    assert [share for share, _ in seen] == pytest.approx(expected)  # one for all groups
     assert len({seed for _, seed in seen}) == 8
     start, clipped = (weights(trains(toy, name, grad_clip=1e-9, warmup_steps=0, weight_decay=0,
                                      max_steps=steps))[0]["h.0.mlp.c_fc.weight"]
