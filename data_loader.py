@@ -127,15 +127,8 @@ def write_file(path, pieces, sealed=False):
 
 def to_json(value, **how):
     """JSON that every reader takes: a number that is not finite becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(value), **how)
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, **how)
 
 
 def write_json(path, value):
@@ -182,11 +175,11 @@ def write_tensors(path, tensors, facts=None, sealed=True):
 def read_tensors(path, sealed=True):
     """Read what `write_tensors` wrote or, not sealed, anyone's safetensors file.
 
-    Tensors are views of the mapped file, not copies. Nothing is executed, and torch itself refuses
-    a view that does not fit.
+    Tensors are views of the mapped file; only what is not aligned is copied. Nothing is executed,
+    and torch itself refuses a view that does not fit.
 
     Returns:
-        tensors, facts, seal (the last two None if not sealed). UserError: damaged, or no such file.
+        tensors, facts, seal (the last two None if not sealed). UserError where it is damaged.
     """
     with open(path, "rb") as file:  # opened once: a new file of this name is not mixed with it
         empty = os.fstat(file.fileno()).st_size == 0
@@ -356,7 +349,7 @@ class Config:
         edges = [edge for band in sorted(bands) for edge in band]
         if len(bands) != self.total_blocks or {*map(len, bands)} != {2}:
             yield f"block_mask_ranges needs one [low, high] for each of {self.total_blocks} blocks"
-        if [0.0, *edges[1::2]] != [*edges[::2], 1.0] or edges[::2] != sorted({*edges[::2]}):
+        if [0.0, *edges[1::2]] != [*edges[::2], 1.0]:
             yield f"block_mask_ranges must cover (0, 1] without hole or overlap, not {bands}"
         for block, (low, high) in enumerate(bands):
             if not self.time_steps_of(block):
@@ -420,7 +413,7 @@ def known_keys():
 
 
 def typed(value, like):
-    """`value` in the type of the default `like`; TypeError where it does not fit.
+    """`value` in the type of the default `like`; TypeError or OverflowError where it does not fit.
 
     An int will do for a float; a bool is no number, and nan and inf are none either.
     """
@@ -540,7 +533,7 @@ class Run:
 
     def cut_metrics(self, size):
         """Cut metrics.jsonl back to the `size` bytes that a checkpoint counts on."""
-        if not self.metrics_file.exists() or self.metrics_file.stat().st_size < size:
+        if self.metrics_file.stat().st_size < size:
             raise UserError(f"{self.metrics_file} has lost lines; restore it, or use --overwrite")
         os.truncate(self.metrics_file, size)
 
@@ -574,9 +567,9 @@ def read_committed(path, sha256):
     return data
 
 
-def gpt2_merges():
-    """What vocab.bpe says: {character: the byte it stands for}, in the order of their ranks, and
-    the merges, each the two tokens that become one.
+def gpt2_vocabulary(vocab_size):
+    """What vocab.bpe says of the first vocab_size - 1 ranks: {character: the byte it stands for},
+    the merges, each the two tokens that become one, and all tokens, in the order of their ranks.
 
     Bytes with a printable character come first, the others are written as chr(256 + i).
     """
@@ -584,14 +577,8 @@ def gpt2_merges():
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    return byte_of, lines[1:]
-
-
-def gpt2_ranks():
-    """GPT-2's BPE as {token bytes: rank}, 50,256 of them: the 256 bytes, then a token per merge."""
-    byte_of, merges = gpt2_merges()
-    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges)]
-    return {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
+    merges = lines[1 : vocab_size - 256]
+    return byte_of, merges, [*byte_of, *(merge.replace(" ", "") for merge in merges)]
 
 
 @functools.lru_cache
@@ -603,23 +590,22 @@ def tokenizer(vocab_size):
     allowed_special="all". UserError unless 257 <= vocab_size <= 50257.
 
     Another tokenizer goes here: an object with eot_token = vocab_size - 1, encode,
-    encode_ordinary_batch, decode and decode_single_token_bytes, and ids below 65,536. Change what
+    encode_ordinary_batch, decode and decode_bytes, and ids below 65,536. Change what
     stands under "merges" in `load_tokens` with it, so that no tokens of the old one are used, and
     what `write_tokenizer` writes.
     """
     if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
         raise UserError(f"model.vocab_size must be from 257 to {GPT2_VOCAB_SIZE}, not {vocab_size}")
-    ranks = {token: rank for token, rank in gpt2_ranks().items() if rank < vocab_size - 1}
+    byte_of, _, tokens = gpt2_vocabulary(vocab_size)
+    ranks = {bytes(byte_of[c] for c in token): rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding(f"gpt2_{vocab_size}", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens={END: vocab_size - 1})
 
 
 def write_tokenizer(folder, vocab_size):
     """Write `tokenizer(vocab_size)` as the files that transformers' GPT2Tokenizer reads."""
-    byte_of, merges = gpt2_merges()
-    merges = merges[: vocab_size - 257]
-    tokens = [*byte_of, *(merge.replace(" ", "") for merge in merges), END]
-    write_json(folder / "vocab.json", {token: rank for rank, token in enumerate(tokens)})
+    _, merges, tokens = gpt2_vocabulary(vocab_size)
+    write_json(folder / "vocab.json", {token: rank for rank, token in enumerate([*tokens, END])})
     write_file(folder / "merges.txt", ["\n".join(["#version: 0.2", *merges, ""]).encode()])
     write_json(folder / "tokenizer_config.json",
                {"tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False})
@@ -650,7 +636,7 @@ def source_files(source):
 
 
 def read_file(path):
-    """The examples of a file: [(text, "train", "val" or None where it does not say), ...].
+    """The examples of a file: [(text, split), ...]; where it does not say, the split is None.
 
     Of a .jsonl each line, {"text": ..., "split": ...}; of any other file what <|endoftext|>
     separates, else each paragraph, else each line: the first of them that gives ten. Wherever
@@ -713,7 +699,7 @@ def load_tokens(config, expected=None, rows=None):
     Every example is followed by <|endoftext|>. They are kept in config.token_folder, in a file that
     names the text and the vocabulary it was made from, and is made again where these differ or it
     is damaged. UserError where the sha256 is not the `expected` one: the text of a run has changed;
-    and for a new text that is too short to train `rows` of a step on, and to validate.
+    and for a new text that is too short for one step of `rows` rows, or to validate on.
     """
     sums = hashlib.sha256()
     for path in source_files(config.source):
@@ -811,9 +797,9 @@ def main(argv):
     configs = [load_config(preset=preset, overrides=args.overrides)
                for preset in (None, *read_yaml(DEFAULTS)[1])]  # fmt: skip
     for config in {config.vocab_size: config for config in configs}.values():  # a file for each
-        train, val, _ = load_tokens(config)
-        print(f"{config.source}, vocabulary {config.vocab_size}: {len(train):,} tokens to train, "
-              f"{len(val):,} to validate", flush=True)
+        load_tokens(config)
+        print(f"tokens of {config.source}, vocabulary {config.vocab_size}, are in "
+              f"{config.token_folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
     python evaluate_gpt2.py export tiny-gpt2      the last exit as a Hugging Face GPT-2
 
 A run is named by its folder's name in checkpoints/, or by a path. Weights in Hugging Face's layout
-are evaluated as a run of zero steps (README.md, Quick Start).
+are evaluated as a run of zero steps (data/README.md, Others' weights).
 
 Read from top to bottom:
 
@@ -101,8 +101,9 @@ def nelbo_12(model, rows, seed):
     noise = noise_of_rows(len(rows), rows.size(1), seed)
     table, bound, low = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
     for m in progress(steps, "time step"):
-        ce, accuracy = score_at(model, rows, m, exit_of(m, model), noise)
-        table.append({"mask_fraction": m, "block": exit_of(m, model),
+        exit_k = exit_of(m, model)
+        ce, accuracy = score_at(model, rows, m, exit_k, noise)
+        table.append({"mask_fraction": m, "block": exit_k,
                       "cross_entropy": ce.mean().item(), "stderr": standard_error(ce),
                       "accuracy": accuracy.mean().item()})  # fmt: skip
         bound += (m - low) * ce
@@ -110,9 +111,9 @@ def nelbo_12(model, rows, seed):
     return bound, table
 
 
-def nelbo(model, rows, seed, replicates=REPLICATES):
+def nelbo(model, rows, seed):
     """The continuous-time bound, the integral of CE(m) over (0, 1], by independent replicates on
-    the same rows. -> (replicates, R) nats per token
+    the same rows. -> (REPLICATES, R) nats per token
 
     Causal models: m stratified over the rows. Bidirectional ones: see `both_ways`. Each m is read
     at the exit that owns it.
@@ -120,7 +121,7 @@ def nelbo(model, rows, seed, replicates=REPLICATES):
     n_rows, seq_len = rows.shape
     causal = model.config.attention_mode == "causal"
     estimates = []
-    for replicate in progress(range(replicates), "replicate"):
+    for replicate in progress(range(REPLICATES), "replicate"):
         rng = np.random.default_rng([seed, 1 + replicate])
         noise = noise_of_rows(n_rows, seq_len, seed, 1 + replicate)
         # One number of [0, 1) for each row, one in each n_rows-th of it.
@@ -148,7 +149,7 @@ def both_ways(model, rows, strata, noise, rng):
 
     Args:
         strata: (R,) in [0, 1), from which l comes; noise: (R, T) from U[0, 1), which orders the
-            positions.
+            positions, and is written over.
 
     Returns:
         (R,) nats per token.
@@ -204,12 +205,6 @@ def unigram(train_tokens, rows):
     training text (one added to every count), of each row, (R,), in nats per token."""
     counts = np.bincount(train_tokens, minlength=int(rows.max()) + 1) + 1.0
     return torch.from_numpy(-np.log(counts / counts.sum())[rows[:, 1:].numpy()].mean(1))
-
-
-def bytes_of_tokens(vocab_size):
-    """Bytes of each token id, (vocab_size,) int64, 0 for <|endoftext|>: for bits per byte."""
-    encoding = tokenizer(vocab_size)
-    return np.array([*map(len, map(encoding.decode_single_token_bytes, range(vocab_size - 1))), 0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -298,7 +293,9 @@ def report(run, device, kind=None, full=False):
         by_row = {"nelbo_12": by_row["nelbo_12"], "nelbo": estimates.mean(0)} | by_row
         errors["nelbo"] = standard_error(estimates.mean(1))
     by_row["unigram"] = unigram(train, rows)
-    bytes_per_token = bytes_of_tokens(config.vocab_size)[rows[:, 1:]].mean()
+    ids, encoding = rows[:, 1:].flatten().tolist(), tokenizer(config.vocab_size)
+    text = encoding.decode_bytes([token for token in ids if token != encoding.eot_token])
+    bytes_per_token = len(text) / len(ids)  # <|endoftext|> has none
     losses = {name: {"nats_per_token": values.mean().item(), "stderr": errors.get(name),
                      "perplexity": perplexity(values.mean().item()),
                      "bits_per_byte": values.mean().item() / math.log(2) / bytes_per_token,
@@ -375,6 +372,7 @@ def compare(runs):
         nats, bits = ({name: loss[unit] for name, loss in result["losses"].items()}
                       for unit in ("nats_per_token", "bits_per_byte"))
         best, stages = best_exit(nats), result["stages"]
+        result["losses"]["left_to_right"] = result["losses"].get(best)  # None: bidirectional
         table.append({
             "run": run.name, "nelbo_12": nats.get("nelbo_12"), "nelbo": nats.get("nelbo"),
             "left_to_right": nats.get(best), "bits_nelbo": bits.get("nelbo"),
@@ -396,23 +394,16 @@ def compare(runs):
     table = []
     for run, result in zip(runs[1:], results[1:]):
         for loss in ("nelbo_12", "left_to_right"):
-            pair = [judged_by(one["losses"], loss) for one in (result, results[0])]
+            pair = [one["losses"].get(loss) for one in (result, results[0])]
             steps = [one["config"]["time_step_mask_fractions"] for one in (result, results[0])]
             # Bounds over other time steps are other bounds.
             if None not in pair and (loss != "nelbo_12" or steps[0] == steps[1]):
-                difference = torch.tensor(pair[0]) - torch.tensor(pair[1])
+                difference = torch.tensor(pair[0]["by_row"]) - torch.tensor(pair[1]["by_row"])
                 table.append({"run": run.name, "loss": loss, "stderr": standard_error(difference),
                               "difference": difference.mean().item()})  # fmt: skip
     if table:
         print(f"\ndifference to {runs[0].name}, row by row (another seed would differ too)")
         print_table({"run": "", "loss": "", "difference": "+.3f", "stderr": ".3f"}, table)
-
-
-def judged_by(losses, loss):
-    """`by_row` of nelbo_12, or of left_to_right at its best exit; None where there is none."""
-    if loss == "left_to_right":
-        loss = best_exit({name: one["nats_per_token"] for name, one in losses.items()})
-    return losses[loss]["by_row"] if loss in losses else None
 
 
 def precision_table(run, device):
@@ -593,7 +584,7 @@ OPTIONS = {
     "--run": {"help": "a name in checkpoints/ or a path; default: the newest"},
     "--precision": {"dest": "kind", "choices": quant.KINDS,
                     "help": "rebuild the run in this storage"},
-    "--full": {"action": "store_true", "help": "score every validation row, not 100"},
+    "--full": {"action": "store_true", "help": f"score every validation row, not {ROWS}"},
     "--to": {"metavar": "PNG", "help": "default: plot.png in the first run's folder"},
     "--exit": {"dest": "exit_k", "type": number(int, 0), "metavar": "K",
                "help": "default: the last; sample: by noise"},

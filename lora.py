@@ -48,12 +48,6 @@ class LoRALinear(nn.Module):
         self.lora_A[str(exit_k)] = nn.Parameter(A.to(device))
         self.lora_B[str(exit_k)] = nn.Parameter(B.to(device))
 
-    def delta(self, exit_k):
-        """The dense correction (out, in) in fp32, or None where `exit_k` has no adapter."""
-        if str(exit_k) not in self.lora_A:
-            return None
-        return self.scale * (self.lora_B[str(exit_k)] @ self.lora_A[str(exit_k)]).detach()
-
     def forward(self, x):
         """x (..., in) -> (..., out)."""
         key = str(self.active_exit)
@@ -93,10 +87,11 @@ def adapter_parameters(model, exit_k):
 def merge(model, exit_k):
     """A plain copy of `model` for reading `exit_k`, every linear dense in fp32: W, and where that
     exit has an adapter W + (alpha / rank) B A. Never a side effect of eval()."""
-    merged = expand(model, torch.float32)
+    key, merged = str(exit_k), expand(model, torch.float32)
     for name, module in [*merged.named_modules()]:
         if isinstance(module, LoRALinear):
-            delta = module.delta(exit_k)
-            weight = module.base.weight if delta is None else module.base.weight + delta
+            weight = module.base.weight
+            if key in module.lora_A:
+                weight = weight + module.scale * (module.lora_B[key] @ module.lora_A[key])
             merged.set_submodule(name, dense(weight, module.base.bias))
     return merged

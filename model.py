@@ -16,7 +16,6 @@ Masked diffusion follows Sahoo et al. 2024 (MDLM, arXiv 2406.07524) and Shi et a
 arXiv 2406.04329); keeping GPT-2's shift follows Gong et al. 2024 (DiffuGPT, arXiv 2410.17891).
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -213,7 +212,7 @@ class GPT(nn.Module):
         if self.mask_row is not None:
             x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
         x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
-        drops = self.config.dropout + self.config.qlora_dropout > 0  # then masks are made again
+        drops = self.config.dropout + self.config.qlora_dropout > 0  # dropout's draws, again
         for layer in self.h[: (exit_k + 1) * self.config.block_size]:
             if torch.is_grad_enabled() and self.recomputes(layer):
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=drops)  # (B, T, d)
@@ -236,9 +235,8 @@ class GPT(nn.Module):
         """
         dtype = product_dtype(hidden)
         logits = F.linear(hidden.to(dtype), self.tied_weight().to(dtype))  # (..., V)
-        c = self.config
-        not_text = torch.arange(c.vocab_size, c.padded_vocab_size, device=logits.device)
-        return logits.index_fill(-1, not_text, -torch.inf)
+        logits[..., self.config.vocab_size :] = -torch.inf
+        return logits
 
     def tied_weight(self):
         """The embedding as the head's matrix, (V, d)."""
@@ -330,7 +328,7 @@ def corrupt(x_0, mask_fraction, noise, mask_id):
 
 
 def token_weights(mask, mask_fraction, causal):
-    """Weight of each predicted position, so that a weighted sum of cross-entropies is CE(m).
+    """Weight of each predicted position: the weighted sum of cross-entropies estimates CE(m).
 
     A bidirectional model needs the definition as it stands: masked positions, divided by m (T-1).
     In a causal one the hidden state i-1 never sees whether i is masked, and that is independent of
@@ -447,9 +445,9 @@ def tied_cross_entropy(model, hidden, targets, weights, scored=None, n_scored=No
     return loss, ce, hit
 
 
-CHUNK = 512  # positions whose logits exist at one time; on a GPU, which wants few launches, 2048
-SLICE = 8192  # rows of W in one product: on a CPU libraries copy a factor; on a GPU all of them
-# (mps, before macOS 15, gets a product into some of a tensor's columns wrong)
+CHUNK = 512  # positions whose logits exist at one time; 2048 on a GPU, which wants few launches
+SLICE = 8192  # rows of W in one product on a CPU, whose libraries copy a factor. Elsewhere all at
+# once: mps, before macOS 15, gets a product into some of a tensor's columns wrong.
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -523,8 +521,6 @@ def sample_tokens(logits, temperature=1.0, top_p=1.0, generator=None):
     if temperature < 1e-6:  # the division below would overflow
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)  # (N, V)
-    if top_p == 1:
-        return torch.multinomial(p, 1, generator=generator).squeeze(-1)
     u = torch.rand(len(p), 1, generator=generator, device=p.device)
     ranked, order = p.topk(p.size(-1))  # (N, V), the largest first
     reached = ranked.cumsum(-1)  # (N, V)
@@ -813,9 +809,7 @@ def autocast(model):
     """Context in which torch runs a model's matrix products in its compute type."""
     device = model.wte.weight.device
     dtype = compute_type(device, model.config.compute_type)
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def product_dtype(x):

@@ -215,16 +215,15 @@ def freeze_block(model, block, kind):
                 try:
                     model.h[i].set_submodule(name, QuantLinear(child, kind))
                 except ValueError as error:
-                    raise UserError(f"h.{i}.{name}: {error}; choose another storage") from None
+                    raise UserError(f"h.{i}.{name}: {error}; begin again with another "
+                                    "quantization_type") from None
         model.h[i].requires_grad_(False).eval()
     model.exit_norms[block].requires_grad_(False)
     if block == 0:
         for embedding in (model.wte, model.wpe):
-            weight = embedding.weight.detach()
-            weight = weight if kind == "fp32" else weight.half()
-            if not torch.isfinite(weight).all():
+            embedding.requires_grad_(False).to(torch.float32 if kind == "fp32" else torch.float16)
+            if not embedding.weight.isfinite().all():
                 raise UserError("the embeddings have values too large for fp16; choose fp32")
-            embedding.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def expand(model, dtype=None):

@@ -26,8 +26,8 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field, fields
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -73,22 +73,21 @@ def fusion_schedule(config):
     qlora_enabled that stage is plain QLoRA: adapters, exit norm and [MASK] row over frozen layers.
     """
     blocks, size = config.total_blocks, config.block_size
-    frozen = config.fusion_mode == "frozen" or config.mode == "standard"
+    frozen = config.fusion_mode == "frozen"
     plain = config.mode == "standard" and config.qlora_enabled and config.init_from != "scratch"
-    shares = config.block_steps if blocks > 1 else (1,)
+    shares = config.block_steps[:blocks]
     # Rounding the running sum, not each share, makes the steps add up to max_steps exactly.
     edges = [round(config.max_steps * sum(shares[:k]) / sum(shares)) for k in range(blocks + 1)]
     stages = []
     for k in range(blocks):
-        up_to_k = tuple(range((k + 1) * size))
-        before, own = up_to_k[: k * size], up_to_k[k * size :]
-        trained, adapted = own if frozen else up_to_k, before if frozen else ()
-        if frozen:
-            stored = (k,)
-        else:
-            stored = tuple(range(blocks)) if k == blocks - 1 else ()
+        before, own = tuple(range(k * size)), tuple(range(k * size, (k + 1) * size))
         if plain:
             trained, adapted, stored = (), own, ()
+        elif frozen:
+            trained, adapted, stored = own, before, (k,)
+        else:  # all are stored at the end
+            trained, adapted = before + own, ()
+            stored = tuple(range(blocks)) if k == blocks - 1 else ()
         stages.append(Stage(
             block=k,
             steps=edges[k + 1] - edges[k],
@@ -120,13 +119,14 @@ def learning_rate_share(step, stage, config):
 
 
 def add_block(model, pretrained=None):
-    """Append the next block, with fresh weights or with those of `model.read_pretrained`."""
+    """Append the next block, with fresh weights or with those of `model.read_pretrained`, which
+    are taken out of `pretrained`: its other tensors are views of a file, and count as memory."""
     # A block's layers start as a function of (seed, block) alone, whatever ran before.
     torch.manual_seed(1000 * model.config.seed + 1 + model.blocks)
     model.grow()
     if pretrained:
         names = model.block_parameters(model.blocks - 1)
-        model.load_state_dict({name: pretrained[name] for name in names}, strict=False)
+        model.load_state_dict({name: pretrained.pop(name) for name in names}, strict=False)
 
 
 def begin_stage(model, stage):
@@ -185,7 +185,7 @@ def set_dropout(model, stage):
 
 
 def store_blocks(run, state, model, blocks):
-    """Back up blocks, verified on disk, then convert them in place.
+    """Back up each block, its weights and its exit's adapters, verified on disk, then convert it.
 
     From here on no stage changes what their exits compute, not by one bit: what is stored has no
     gradient, `begin_stage` trains only the new block, its exit norm and its adapters, the forward
@@ -193,11 +193,11 @@ def store_blocks(run, state, model, blocks):
     (`GPT.choose_adapters`).
     """
     for block in blocks:
-        state.backups.append(back_up(run, state, model, block) if rank() == 0 else "")
-    wait_for_all()  # no process converts before the backup is on disk
-    for block in blocks:
+        tensors = model.block_parameters(block) | lora.adapter_parameters(model, block)
+        seal = write_finite(run.backup(block), tensors, state) if rank() == 0 else ""
+        state.backups.append(seal)
+        wait_for_all()  # no process converts before the backup is on disk
         quant.freeze_block(model, block, state.config.quantization_type)
-    if blocks:
         model.requires_grad_(False)
 
 
@@ -206,7 +206,7 @@ def store_blocks(run, state, model, blocks):
 
 
 def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, signals):
-    """Train all stages, or what the state leaves of them. -> False if asked to stop
+    """Train all stages, or what the state leaves of them; return early if asked to stop.
 
     Between two stages, `fusion_mode: frozen`. On disk: the backup of the block, a line in
     metrics.jsonl, a checkpoint that holds no weights but the seals of all backups. In memory: the
@@ -229,7 +229,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
         load_optimizer(optimizer, model, optimizer_tensors)
         memory_mib(device, reset=True)
         if not train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
-            return False
+            return
         held = memory(model, optimizer)
         del optimizer  # its state is as large as two copies of what was trained
         store_blocks(run, state, model, stage.stored)
@@ -244,8 +244,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
         state.seconds = state.peak_mib = 0.0
         save_run(run, state, model)
         if state.stage < len(stages) and in_any_process(signals):
-            return False
-    return True
+            return
 
 
 def train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
@@ -265,7 +264,7 @@ def train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
         seed_dropout(config, stage, state.step)
         ce, grad_norm = train_step(loss_of, optimizer, scaler, batch, config, device)
         state.step += 1
-        steps.append((batch, ce, grad_norm))
+        steps.append((batch[3], ce, grad_norm))
 
         last = state.step == stage.steps  # saved with the end of the stage
         stop = in_any_process(signals) and not last
@@ -333,9 +332,8 @@ def train_step(loss_of, optimizer, scaler, batch, config, device):
 
 def seed_dropout(config, stage, step):
     """Make the masks of dropout a function of (seed, stage, step, process)."""
-    if config.dropout or config.qlora_dropout:
-        numbers = (config.seed, stage.block, step, rank())
-        torch.manual_seed(hash(numbers))  # the hash of integers is the same everywhere
+    numbers = (config.seed, stage.block, step, rank())
+    torch.manual_seed(hash(numbers))  # the hash of integers is the same everywhere
 
 
 def tokens_per_step(config):
@@ -348,19 +346,20 @@ def tokens_per_step(config):
 
 
 def log_steps(run, state, stage, optimizer, scaler, steps, since):
-    """Record (batch, CE by row, gradient norm) of the steps since the last log line. -> the line
+    """Record (mask fraction by row, CE by row, gradient norm) of the steps since the last log line.
+    -> the line
 
     UserError names the first of them whose loss or gradient is not finite. A loss scaler (fp16)
     expects gradients to overflow now and then: it skips such a step and halves its scale, at first
-    65,536. Below 2^-24, fp16's smallest number, nothing would be left of the others.
+    65,536. Below 2^-24, fp16's smallest number, gradients that do not overflow would vanish.
     """
     config, by_time_step = state.config, defaultdict(list)
-    for number, (batch, ce, grad_norm) in enumerate(steps, state.step + 1 - len(steps)):
+    for number, (mask_fraction, ce, grad_norm) in enumerate(steps, state.step + 1 - len(steps)):
         ce = gathered(ce)
         if not (ce.isfinite().all() and (scaler.is_enabled() or grad_norm.isfinite())):
             raise UserError(f"stage {stage.block}, step {number}: the loss is {ce.mean().item()}, "
                             f"the gradient norm {grad_norm.item()}; lower training.lr or qlora_lr")
-        for m, value in zip(batch[3].tolist(), ce.tolist()):
+        for m, value in zip(mask_fraction.tolist(), ce.tolist()):
             by_time_step[m].append(value)
     if scaler.get_scale() < 2.0**-24:
         raise UserError(f"stage {stage.block}, step {state.step}: the gradients overflow fp16, and "
@@ -427,7 +426,7 @@ def print_table(columns, rows):
     lines = [[*columns]]
     lines += [[cell(row.get(key), spec) for key, spec in columns.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    sides = ["<" if spec in ("", "s") else ">" for spec in columns.values()]
+    sides = [">" if spec else "<" for spec in columns.values()]
     for line in lines:
         say("  ".join(f"{text:{side}{width}}"
                       for text, side, width in zip(line, sides, widths)).rstrip())  # fmt: skip
@@ -441,13 +440,10 @@ def stages_of(run):
 
 def print_stages(run):
     """`stages_of` a run as a table."""
-    stages = stages_of(run)
-    for stage in stages:
-        kinds = ("weights_mib", "gradients_mib", "optimizer_mib")
-        stage["held_mib"] = sum(stage[kind] for kind in kinds)
+    held = ("weights_mib", "gradients_mib", "optimizer_mib")
+    rows = [stage | {"held_mib": sum(stage[kind] for kind in held)} for stage in stages_of(run)]
     print_table({"stage": "d", "steps": "d", "seconds": ".0f", "tokens": ",",
-                 "weights_mib": ".1f", "gradients_mib": ".1f", "optimizer_mib": ".1f",
-                 "held_mib": ".1f", "peak_mib": ".0f"}, stages)  # fmt: skip
+                 **dict.fromkeys([*held, "held_mib"], ".1f"), "peak_mib": ".0f"}, rows)
     say("held: weights, gradients, optimizer state; peak: the whole process, or a GPU's tensors")
 
 
@@ -508,13 +504,7 @@ class State:
 
     def facts(self):
         """What stands in a file, as JSON can hold it."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"config": vars(self.config)}
-
-
-def back_up(run, state, model, block):
-    """Write a block's weights, and its exit's adapters, as they are. -> the file's seal"""
-    tensors = model.block_parameters(block) | lora.adapter_parameters(model, block)
-    return write_finite(run.backup(block), tensors, state)
+        return vars(self) | {"config": vars(self.config)}
 
 
 def save_run(run, state, model=None, optimizer=None):
@@ -773,19 +763,17 @@ class AdamWInBf16(torch.optim.AdamW):
 def memory(model, optimizer=None):
     """What training holds, in MiB, counted from the tensors: weights_mib, gradients_mib,
     optimizer_mib."""
-    held = Counter(weights_mib=0, gradients_mib=0, optimizer_mib=0)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        held["weights_mib"] += tensor.nbytes
-        held["gradients_mib"] += tensor.nbytes if tensor.requires_grad and optimizer else 0
-    for state in optimizer.state.values() if optimizer else ():
-        held["optimizer_mib"] += sum(t.nbytes for t in state.values() if torch.is_tensor(t))
-    return {kind: size / MIB for kind, size in held.items()}
+    weights = [*model.parameters(), *model.buffers()]
+    states = optimizer.state.values() if optimizer else ()
+    held = {"weights_mib": weights, "gradients_mib": [t for t in weights if t.requires_grad],
+            "optimizer_mib": [t for state in states for t in state.values()]}  # fmt: skip
+    return {kind: sum(t.nbytes for t in tensors) / MIB for kind, tensors in held.items()}
 
 
 def memory_mib(device, reset=False):
     """Memory in use now and its peak since the last reset, in MiB; (None, None) where unknown.
 
-    CUDA: what torch's allocator holds. Linux: the process's resident memory, whose peak the kernel
+    CUDA: what tensors occupy. Linux: the process's resident memory, whose peak the kernel
     resets on request.
     """
     if device.type == "cuda":
@@ -919,8 +907,9 @@ def main(argv):
     tokens, val_tokens, digest = load_tokens(config, state and state.tokens_sha256, rows)
     val_rows = validation_rows(val_tokens, config.seq_len, config.eval_rows)
     batch_of(tokens, config, first_stage, 0)  # UserError: the text is too short
-    from_scratch = config.init_from == "scratch"
-    pretrained = None if from_scratch else read_pretrained(config.init_from, config)
+    pretrained = None
+    if config.init_from != "scratch" and (state is None or state.blocks < config.total_blocks):
+        pretrained = read_pretrained(config.init_from, config)
     if state is None:
         state = State(config, digest)
         lock = begin_run(run, state) if rank() == 0 else None
@@ -932,9 +921,8 @@ def main(argv):
     else:
         print_plan(run, config, device, len(tokens))
     with noted_signals() as signals:
-        finished = train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained,
-                         signals)  # fmt: skip
-    if not finished:
+        train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, signals)
+    if not state.finished:
         python = "python" if world_size() == 1 else f"torchrun --nproc-per-node={world_size()}"
         say(f"stopped and saved in {run.folder}; go on: "
             f"{python} train_gpt2_fusion.py --resume {run}")
@@ -944,7 +932,7 @@ def main(argv):
             f'write text:   python evaluate_gpt2.py sample "The people of" --run {run} --watch')
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0 if finished else 130
+    return 0 if state.finished else 130
 
 
 if __name__ == "__main__":

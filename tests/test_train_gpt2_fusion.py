@@ -385,8 +385,12 @@ def pretrained(toy):
     return "pretrained"
 
 
-def test_training_starts_from_saved_gpt2_weights(toy, pretrained):
-    """No step at all stores what it starts from; every block of a fused run starts from it too."""
+def test_training_starts_from_saved_gpt2_weights(toy, pretrained, monkeypatch):
+    """No step at all stores what it starts from; every block of a fused run starts from it too.
+    What a block has taken is let go: it would count as memory to the end."""
+    read = []
+    monkeypatch.setattr(train, "read_pretrained",
+                        lambda *args: read.append(read_pretrained(*args)) or read[-1])
     zero = NEXT_TOKEN | {"qlora_enabled": "false", "quantization_type": "fp32", "max_steps": 0}
     for name, changes in (("zero", zero), ("fused", {"max_steps": 4, "lr": "1e-12"})):
         run = trains(toy, name, init_from=pretrained, **changes)
@@ -395,6 +399,7 @@ def test_training_starts_from_saved_gpt2_weights(toy, pretrained):
         assert given.keys() == {key for key in found if ".lora_" not in key}
         assert all(torch.allclose(found[key], given[key], atol=1e-6) for key in given)
         assert name == "fused" or bits(found) == bits(given)
+    assert read == [{}, {}]
 
 
 def test_plain_qlora(toy, pretrained):
@@ -418,6 +423,7 @@ def test_plain_qlora(toy, pretrained):
         "exit_norms.0.bias", "exit_norms.0.weight", "mask_row"] and len(moved) == 3 + 6 * 8
     assert bits(weights(run)[0]) == bits(read_pretrained(pretrained, state.config))
     train_until(6, toy(**plain, run_id="killed"), kill)  # saved after step 4
+    Path(pretrained).rename("elsewhere")  # the block that it was read for is there
     assert train.main(["--resume", "killed"]) == 0 and outcome("killed") == outcome()
 
 
