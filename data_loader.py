@@ -542,7 +542,8 @@ class Run:
         whole = self.metrics_file.read_bytes().split(b"\n")[:-1]  # a kill may leave half a line
         try:
             lines = [line for line in map(json.loads, whole) if line["event"] == event]
-            [line[key] for line in lines for key in keys]  # KeyError
+            if not all(key in line for line in lines for key in keys):
+                raise KeyError(f"{event} without {' or '.join(keys)}")
             return lines
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.metrics_file} is damaged ({error!r}); restore it") from None
@@ -715,7 +716,7 @@ def load_tokens(config, expected=None, rows=None):
             ids = tokenizer(config.vocab_size).encode_ordinary_batch(texts)
             ids = [np.array([*row, config.vocab_size - 1], np.uint16) for row in ids]
             tokens[split] = torch.from_numpy(np.concatenate(ids))
-        if rows:  # UserError: too short, and the tokens of another text are still there
+        if rows:  # UserError: too short; said before the tokens of another text are replaced
             training_rows(tokens["train"].numpy(), config.seq_len, rows, 0, 0, 0)
             validation_rows(tokens["val"].numpy(), config.seq_len)
         write_tensors(path, tokens, made_from)

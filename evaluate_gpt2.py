@@ -15,7 +15,7 @@ are evaluated as a run of zero steps (data/README.md, Others' weights).
 Read from top to bottom:
 
 1. `nelbo_12`, `nelbo`, `left_to_right`   metrics, all by `model.score`
-2. `begin`, `write`                       a prompt in, text out
+2. `prompt_ids`, `write`                  a prompt in, text out
 3. `report`, `compare`, `precision_table` tables
 4. `plot`                                 a picture of three panels
 5. `main`                                 the commands
@@ -46,7 +46,7 @@ from train_gpt2_fusion import (MIB, fusion_schedule, keep_freed_memory, kind_of_
                                memory, perplexity, print_stages, print_table, stages_of)
 
 ROWS = 100  # validation rows scored by default
-DRAWS = 2  # of masks at mask fraction m: this over m, where only masked positions are scored
+DRAWS = 2  # a bidirectional model is scored on DRAWS / m draws of masks
 REPLICATES = 8  # independent estimates behind the standard error of the continuous NELBO
 WINDOW = 4  # tokens that are written together by confidence, unless another number is given
 PLOT_ROWS = 16  # rows behind each point of the picture of cross-entropy over mask fraction
@@ -115,8 +115,8 @@ def nelbo(model, rows, seed):
     """The continuous-time bound, the integral of CE(m) over (0, 1], by independent replicates on
     the same rows. -> (REPLICATES, R) nats per token
 
-    Causal models: m stratified over the rows. Bidirectional ones: see `both_ways`. Each m is read
-    at the exit that owns it.
+    Causal models: m stratified over the rows. Others: see `bidirectional_nelbo`. Each m is read at
+    the exit that owns it.
     """
     n_rows, seq_len = rows.shape
     causal = model.config.attention_mode == "causal"
@@ -130,11 +130,11 @@ def nelbo(model, rows, seed):
             m = 1 - strata  # in (0, 1]
             estimates.append(score_at_owners(model, rows, m, m, noise))
         else:
-            estimates.append(both_ways(model, rows, strata, noise, rng))
+            estimates.append(bidirectional_nelbo(model, rows, strata, noise, rng))
     return torch.stack(estimates)
 
 
-def both_ways(model, rows, strata, noise, rng):
+def bidirectional_nelbo(model, rows, strata, noise, rng):
     """An unbiased estimate of the integral of CE(m) for each row of a bidirectional model.
 
     Drawing m and then masks has infinite variance (a few masks, divided by a small m). With N = T-1
@@ -211,7 +211,7 @@ def unigram(train_tokens, rows):
 # 2. A prompt in, text out
 
 
-def begin(prompt, length, config):
+def prompt_ids(prompt, length, config):
     """What sampling starts from: <|endoftext|>, the prompt, and [MASK] where text is to be written.
 
     The prompt becomes what training read: its white space single spaces, <|endoftext|> one token.
@@ -265,7 +265,7 @@ def write(model, prompt="", length=None, order=None, window=None, watch=False, *
         print(clear + line, end="", flush=True)
         time.sleep(0.1 if clear else 0)
 
-    x = begin(prompt, length, config)
+    x = prompt_ids(prompt, length, config)
     ids = sample(quant.expand(model), x, order, window, watch=show if watch else lambda x: None,
                  **how)
     return encoding.decode(ids[0, 1:].tolist())
@@ -303,34 +303,35 @@ def report(run, device, kind=None, full=False):
     result = {"losses": losses, "time_steps": time_steps, "rows": len(rows), "stages": stages,
               "tokens_sha256": digest, "config": vars(config)}  # fmt: skip
     path = run.folder / (f"eval_{kind}.json" if kind else "eval.json")
-    failure = None
     try:
         write_json(path, result)
-    except OSError as error:  # a place to read from only: the figures are shown all the same
-        failure = error
+    finally:  # in a place to read from only, too
+        print_report(run, model, state, kind or config.quantization_type, result)
+        print_texts(model, val, best_exit({name: loss["nats_per_token"]
+                                           for name, loss in losses.items()}))
+    print(f"\nwritten to {path}")
 
-    print(f"\n{run.name}: {kind_of_run(config)}, finished blocks in "
-          f"{kind or config.quantization_type}, {memory(model)['weights_mib']:.1f} MiB; "
-          f"{len(rows)} validation rows of {config.source}, context {config.seq_len}\n")
+
+def print_report(run, model, state, storage, result):
+    """Print what `report` found: `result` is what eval.json holds."""
+    config = state.config
+    print(f"\n{run.name}: {kind_of_run(config)}, finished blocks in {storage}, "
+          f"{memory(model)['weights_mib']:.1f} MiB; {result['rows']} validation rows of "
+          f"{config.source}, context {config.seq_len}\n")
     if not state.finished:
         print(f"training has not ended (--resume {run} goes on): {model.blocks} of "
               f"{config.total_blocks} exits are there\n")
-    if time_steps:
+    if result["time_steps"]:
         print_table({"mask_fraction": ".2f", "block": "d", "cross_entropy": ".3f", "stderr": ".3f",
-                     "accuracy": ".1%"}, time_steps)  # fmt: skip
+                     "accuracy": ".1%"}, result["time_steps"])  # fmt: skip
         print()
     print_table({"loss": "", "nats_per_token": ".3f", "stderr": ".3f", "perplexity": ".1f",
                  "bits_per_byte": ".3f"},
-                [{"loss": name} | loss for name, loss in losses.items()])
+                [{"loss": name} | loss for name, loss in result["losses"].items()])
     print("nelbo_12: bound over the time steps; nelbo: over all mask fractions; left_to_right_k: "
-          "the next\ntoken at exit k; unigram: ignoring the context. stderr is over the rows "
-          "(nelbo: over draws of masks)\n")
+          "the next\ntoken at exit k; unigram: ignoring the context. stderr is over the rows, "
+          "neighbours in a text,\nso that it may be twice as large (nelbo: over draws of masks)\n")
     print_stages(run)
-    print_texts(model, val, best_exit({name: loss["nats_per_token"]
-                                       for name, loss in losses.items()}))
-    if failure:
-        raise failure
-    print(f"\nwritten to {path}")
 
 
 def print_texts(model, val, best):
@@ -414,8 +415,8 @@ def precision_table(run, device):
         if not table:
             val = load_tokens(state.config, state.tokens_sha256)[1]
             rows = validation_rows(val, state.config.seq_len, ROWS)
+            exact = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
         linears = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
-        exact = exact if table else linears
         stored = sum(linear.nbytes for linear in linears)
         count = sum(linear.in_features * linear.out_features for linear in linears)
         losses, _ = losses_by_row(quant.expand(model), rows)
@@ -483,7 +484,7 @@ def plot_loss(axes, run, config, colour):
             lines = [line for line in run.metrics(event, "stage", "step", key)
                      if line["stage"] == stage.block]  # fmt: skip
             axes.plot([done + line["step"] for line in lines], [line[key] for line in lines],
-                      style, color=colour, alpha=0.7,
+                      style, color=colour, alpha=0.7, marker="." if len(lines) == 1 else None,
                       label=None if done or event != "step" else run.name)  # fmt: skip
         axes.axvline(done, color=colour, linestyle=":")
         done += stage.steps

@@ -86,7 +86,7 @@ def adapter_parameters(model, exit_k):
 
 def merge(model, exit_k):
     """A plain copy of `model` for reading `exit_k`, every linear dense in fp32: W, and where that
-    exit has an adapter W + (alpha / rank) B A. Never a side effect of eval()."""
+    exit has an adapter W + (alpha / rank) B A. (loralib merges in eval(); this never does.)"""
     key, merged = str(exit_k), expand(model, torch.float32)
     for name, module in [*merged.named_modules()]:
         if isinstance(module, LoRALinear):

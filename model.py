@@ -212,7 +212,7 @@ class GPT(nn.Module):
         if self.mask_row is not None:
             x = torch.where((idx == self.config.mask_id)[..., None], self.mask_row, x)  # (B, T, d)
         x = self.dropout(x + self.wpe.weight[: idx.size(1)].float())  # (B, T, d)
-        drops = self.config.dropout + self.config.qlora_dropout > 0  # dropout's draws, again
+        drops = self.config.dropout + self.config.qlora_dropout > 0  # recompute with the same draws
         for layer in self.h[: (exit_k + 1) * self.config.block_size]:
             if torch.is_grad_enabled() and self.recomputes(layer):
                 x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=drops)  # (B, T, d)
@@ -222,7 +222,7 @@ class GPT(nn.Module):
 
     def recomputes(self, layer):
         """Whether the backward pass computes a layer's activations anew instead of keeping them."""
-        frozen = not layer.ln_1.weight.requires_grad  # under adapters; without any, none are kept
+        frozen = not layer.ln_1.weight.requires_grad  # matters under adapters only
         mode = self.config.gradient_checkpointing
         if mode == "auto":
             mode = "none" if self.wte.weight.is_cuda else "frozen"
@@ -364,7 +364,7 @@ def diffusion_loss(model, x_0, x_t, mask, mask_fraction, exit_k, rows=None, n_ma
 
     Returns:
         loss in nats (scalar); each row's own estimate of CE(m), (B,), detached; and each row's
-        share of scored tokens that were predicted right, (B,), where no gradient is wanted.
+        share of scored tokens that were predicted right, (B,), 0 where a gradient is wanted.
     """
     causal = model.config.attention_mode == "causal"
     with autocast(model):
@@ -604,9 +604,9 @@ def sample(model, x, order="ancestral", window=None, exit_k=None, steps=None, te
 
     Args:
         x: (B, T) token ids, with [MASK] at the same places in every row, and not at position 0.
-        order: within a window: ancestral (the reverse process of the bound) or confidence (the
-            surest predictions first, as many as the schedule says). left-to-right: windows of one
-            token in one step.
+        order: within a window: ancestral (the reverse process; that of the bound where temperature
+            and top_p are 1 and `steps` begin at m = 1) or confidence (the surest predictions first,
+            as many as the schedule says). left-to-right: windows of one token in one step.
         window: number of [MASK]s written together (None: all of them, which is plain diffusion).
         exit_k: the exit to read. None: depth by noise, at each mask fraction of the window only the
             blocks up to its owner run; left to right, the last exit.

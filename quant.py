@@ -3,8 +3,9 @@
 A frozen weight is kept as codes and turned into the compute type for each product. The 4-bit kinds
 cut each row of W (out, in) into groups of 64 and give every group its own scale:
 
-    int4  4.5 bits/weight    w ~ scale * code + zero, code in 0..15, scale and zero in fp16
-    nf4   4.127 bits/weight  w ~ absmax * LEVELS[code]: each of the 16 levels stands for an equal
+    int4  4.5 bits/weight    w ~ scale * code + zero, code in 0..15, scale and zero (the group's
+                             smallest weight) in fp16
+    nf4   4.127 bits/weight  w ~ absmax * NF4_LEVELS[code]: each of 16 levels stands for an equal
                              share of a Gaussian, and absmax itself is stored in 8 bits (QLoRA,
                              arXiv 2305.14314, section 3: NormalFloat and double quantization)
 

@@ -14,7 +14,7 @@ Read from top to bottom:
 4. `log_steps`, `validate`, `print_plan`   what the loop tells
 5. `State`, `save_run`, `load_run`         a run's weights on disk and back
 6. `start_processes`, `stage_loss`         more than one process: DistributedDataParallel
-7. `memory`, `keep_freed_memory`           what training holds
+7. `AdamWInBf16`, `memory`                 what training holds
 8. `main`                                  a run's beginning and end
 """
 
@@ -120,7 +120,7 @@ def learning_rate_share(step, stage, config):
 
 def add_block(model, pretrained=None):
     """Append the next block, with fresh weights or with those of `model.read_pretrained`, which
-    are taken out of `pretrained`: its other tensors are views of a file, and count as memory."""
+    are taken out of `pretrained`, so that the mapped file is let go when all are used."""
     # A block's layers start as a function of (seed, block) alone, whatever ran before.
     torch.manual_seed(1000 * model.config.seed + 1 + model.blocks)
     model.grow()
@@ -152,7 +152,7 @@ def begin_stage(model, stage):
         parameter.requires_grad_(True)
     set_dropout(model, stage)
     groups = [
-        # Biases and LayerNorms are not decayed (GPT-2's habit, after Loshchilov and Hutter 2019).
+        # Biases and LayerNorms are not decayed (as in GPT, Radford et al. 2018).
         {"params": [p for p in at_lr if p.dim() == 2], "lr": config.lr},
         {"params": [p for p in at_lr if p.dim() < 2], "lr": config.lr, "weight_decay": 0.0},
         {"params": at_qlora_lr, "lr": config.qlora_lr, "weight_decay": 0.0},
@@ -220,7 +220,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
     config, device = state.config, model.wte.weight.device
     stages = fusion_schedule(config)
     for stage in stages[state.stage :]:
-        keep_freed_memory(return_now=True)  # the stage before held more
+        keep_freed_memory(return_now=True)  # what only the stage before has used
         while model.blocks <= stage.block:
             add_block(model, pretrained)
         if stage.plain_qlora and not state.backups:
@@ -231,7 +231,7 @@ def train(run, state, model, optimizer_tensors, tokens, val_rows, pretrained, si
         if not train_stage(run, state, model, optimizer, stage, tokens, val_rows, signals):
             return
         held = memory(model, optimizer)
-        del optimizer  # its state is as large as two copies of what was trained
+        del optimizer  # its moments are as large as what was trained, in fp32 twice that
         store_blocks(run, state, model, stage.stored)
         watch_peak(state, device)
         record(run, "stage", stage=stage.block, steps=stage.steps, seconds=state.seconds,
@@ -552,11 +552,11 @@ def read_checkpoint(run):
 def load_run(run, device="cpu", kind=None, checkpoint=None):
     """Rebuild a run as of its last checkpoint: the only way to a run's model.
 
-    First the checkpoint is read, for the state; then each finished block's backup, whose seal the
-    state knows, and the block is stored in `kind` (None: the run's own quantization_type);
-    last come, from the checkpoint, the blocks in training, in fp32, and the optimizer. A run that
-    has just begun has only a state. Training goes on to the same bits on a CPU; a GPU adds some
-    gradients in no fixed order.
+    First the checkpoint is read (by --resume it has been), for the state; then each finished
+    block's backup, whose seal the state knows, and the block is stored in `kind` (None: the run's
+    own quantization_type); last come, from the checkpoint, the blocks in training, in fp32, and the
+    optimizer. A run that has just begun has only a state. Training goes on to the same bits on a
+    CPU; a GPU adds some gradients in no fixed order.
 
     Args:
         checkpoint: (State, tensors) where they have been read already.
@@ -801,7 +801,7 @@ def keep_freed_memory(return_now=False):
     """Let glibc keep what a step frees, for the next step to use again.
 
     By default it gives every large tensor back to the kernel and gets it anew, page by page and
-    zeroed; with that Hugging Face's step of GPT-2 Small takes 1.5 times as long (data/results).
+    zeroed; so Hugging Face's step of GPT-2 Small takes 1.5 times as long (data/results).
     return_now: give back all that is free now. Does nothing where there is no glibc.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc: macOS, Windows

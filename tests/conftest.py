@@ -22,7 +22,7 @@ WORDS = "the people of this union have seen peace and war in every state of our 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"),
-                     help="cuda: also ask a GPU what only it can answer (tests/gpu.py)")  # fmt: skip
+                     help="cuda: ask a GPU, too, what only it can answer")  # fmt: skip
 
 
 def pytest_configure(config):

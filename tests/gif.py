@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import Parser, Run, UserError, one_line_errors, tokenizer
-from evaluate_gpt2 import WINDOW, begin
+from evaluate_gpt2 import WINDOW, prompt_ids
 from model import sample
 from quant import expand
 from train_gpt2_fusion import load_run
@@ -27,7 +27,7 @@ COLUMNS, WIDE, HIGH = 72, 8, 20  # characters in a line; of a character, in pixe
 def frames_of(model, prompt, seed):
     """Write a text. -> for each step how many tokens are [MASK], and [(character, colour), ...]"""
     config, steps = model.config, []
-    sample(model, begin(prompt, None, config), "confidence", WINDOW, seed=seed,
+    sample(model, prompt_ids(prompt, None, config), "confidence", WINDOW, seed=seed,
            watch=lambda x: steps.append(x[0, 1:].tolist()))  # fmt: skip
     total, colours, frames = steps[0].count(config.mask_id), {}, []
     for ids in steps:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data_loader import (Parser, Run, UserError, load_tokens, one_line_errors, validation_rows,
                          write_json)  # fmt: skip
-from evaluate_gpt2 import begin, left_to_right, number
+from evaluate_gpt2 import left_to_right, number, prompt_ids
 from model import pick_device, sample
 from quant import expand
 from train_gpt2_fusion import load_run, print_table
@@ -93,7 +93,7 @@ def main(argv):
     model, state, _ = load_run(run, device)
     config = state.config
     length = args.length or config.seq_len - 1
-    x = begin("", length, config).repeat(args.samples, 1)  # (R, T)
+    x = prompt_ids("", length, config).repeat(args.samples, 1)  # (R, T)
     judge = judge_run and load_judge(judge_run, config, length, device)
     val = load_tokens(config, state.tokens_sha256)[1]
     rows = validation_rows(val, length + 1, args.samples)

@@ -30,7 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data_loader import CORPUS, MERGES, Parser, Run, UserError, one_line_errors, write_json
+from data_loader import (CORPUS, MERGES, Parser, Run, UserError, load_config, one_line_errors,
+                         write_json)  # fmt: skip
 from evaluate_gpt2 import best_exit, evaluation
 from train_gpt2_fusion import cell
 
@@ -217,6 +218,10 @@ def run(row, settings, threads, again):
     train = ["train_gpt2_fusion.py", *arguments(row, settings)]
     commands = [train, ["evaluate_gpt2.py", "--run", run.folder]]
     if (run.folder / "eval.json").exists():
+        wanted = load_config(preset=None if row.startswith("small-") else "tiny",
+                             overrides=settings.split()).max_steps
+        if not again and sum(stage["steps"] for stage in evaluation(run)["stages"]) != wanted:
+            raise UserError(f"{run.folder} is of another length: move it, or train it --again")
         print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
         train += ["--overwrite"]
         commands = commands if again else []

@@ -137,7 +137,7 @@ def test_the_bound_is_a_bound_and_left_to_right_a_distribution(attention, togeth
     assert e.nelbo(uniform, rows, seed=0).numpy() == pytest.approx(math.log(3), abs=1e-5)
 
 
-def test_both_ways_is_unbiased(together):
+def test_bidirectional_nelbo_is_unbiased(together):
     """Over every number of masks and every order of the positions its mean is the integral of the
     enumerated CE(m), a quadratic for three positions, so that two points of Gauss are exact."""
     model, rng = small("bidirectional", mode="standard"), np.random.default_rng(0)
@@ -146,7 +146,7 @@ def test_both_ways_is_unbiased(together):
     noise = torch.tensor([[0.0, *order] for _, order in every])
     points, weights = np.polynomial.legendre.leggauss(2)
     for row in (torch.tensor([0, 2, 1, 2]), torch.tensor([1, 0, 0, 2])):
-        by_row = e.both_ways(model, row.repeat(18, 1), strata, noise.clone(), rng)
+        by_row = e.bidirectional_nelbo(model, row.repeat(18, 1), strata, noise.clone(), rng)
         exact = sum(w / 2 * enumerated_ce(model, row, (1 + x) / 2, 0).item()
                     for x, w in zip(points, weights))  # fmt: skip
         assert by_row.mean().item() == pytest.approx(exact, abs=1e-6)
@@ -310,10 +310,10 @@ def test_a_prompt_becomes_tokens_and_masks():
                                 (" the\n ", 2, the + mask * 2),
                                 ("the<|endoftext|>the", 2, the + [256] + the + mask * 2),
                                 ("the ____\r\n of_____.", 5, the + mask + of + mask + dot)):
-        assert e.begin(prompt, length, config).tolist() == [[256, *ids]]  # after <|endoftext|>
+        assert e.prompt_ids(prompt, length, config).tolist() == [[256, *ids]]  # after <|endoftext|>
     for prompt, length in (("the", 13), ("", 16), ("the people of t", None), ("____ " * 16, 1)):
         with pytest.raises(UserError, match="at most 15 tokens"):
-            e.begin(prompt, length, config)
+            e.prompt_ids(prompt, length, config)
 
 
 def test_sampling_from_the_command_line(run, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import data_loader
 import numpy as np
@@ -147,6 +148,15 @@ def test_exercise_that_does_not_fit_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "exercises", lambda: {"odd": odd})
     with pytest.raises(UserError, match="odd.patch does not fit the code .*quant.py"):
         study.changed_copy("odd", tmp_path / "code")
+
+
+def test_a_run_of_another_length_is_not_taken_for_a_row(run, monkeypatch):
+    run.folder.rename("checkpoints/unchanged")  # as by an exercise tried under its own name
+    monkeypatch.setattr(study, "ROOT", Path())
+    with pytest.raises(UserError, match="another length"):
+        study.run("unchanged", "training.max_steps=2200", 1, False)
+    kept = study.run("unchanged", "training.max_steps=20", 1, False)
+    assert kept["train_tokens"] == 20 * 4 * 32
 
 
 def test_figures_of_a_run(run):
