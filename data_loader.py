@@ -455,7 +455,8 @@ def load_config(path=DEFAULTS, preset=None, overrides=(), stored=None):
         if key not in sections or section not in ("", sections[key]):
             nearest = difflib.get_close_matches(key, sections, 1, cutoff=0)[0]
             wrong = f"{section}.{key}".lstrip(".")
-            raise UserError(f"no key {wrong}: did you mean {sections[nearest]}.{nearest}?")
+            raise UserError(f"no key {wrong}: did you mean {sections[nearest]}.{nearest}? "
+                            "gpt2.yaml explains every key")
         values[key] = value
     return Config(values)
 
