@@ -798,10 +798,11 @@ def main(argv):
     args = parser.parse_intermixed_args(argv)
     configs = [load_config(preset=preset, overrides=args.overrides)
                for preset in (None, *read_yaml(DEFAULTS)[1])]  # fmt: skip
-    for config in {config.vocab_size: config for config in configs}.values():  # a file for each
+    by_size = {config.vocab_size: config for config in configs}  # a file for each
+    for config in by_size.values():
         load_tokens(config)
-        print(f"tokens of {config.source}, vocabulary {config.vocab_size}, are in "
-              f"{config.token_folder}", flush=True)
+    print(f"tokens of {config.source} are in {config.token_folder}, for vocabularies of "
+          f"{', '.join(map(str, by_size))}")
 
 
 if __name__ == "__main__":

@@ -135,8 +135,6 @@ class GPT(nn.Module):
         Linears start as in GPT-2: normal, std 0.02, and 0.02 / sqrt(2 n_layers) where a linear
         writes into the residual stream. The new exit norm starts as a copy of the one before it.
         """
-        if self.blocks == self.config.total_blocks:
-            raise ValueError(f"all {self.blocks} blocks exist already")
         for _ in range(self.config.block_size):
             layer = Layer(self.config)
             for name, weight in layer.named_parameters():

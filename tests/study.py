@@ -161,9 +161,14 @@ def seed_of(settings):
     return int((settings + " training.seed=0").partition("training.seed=")[2].split()[0])
 
 
+def preset_of(row):
+    """The preset that a row changes; None: gpt2.yaml as it stands."""
+    return None if row.startswith("small-") else "tiny"
+
+
 def arguments(row, settings):
     """The arguments of train_gpt2_fusion.py that train a row."""
-    preset = [] if row.startswith("small-") else ["--preset", "tiny"]
+    preset = ["--preset", preset_of(row)] if preset_of(row) else []
     return [*preset, *settings.split(), f"training.run_id={row}"]
 
 
@@ -218,8 +223,7 @@ def run(row, settings, threads, again):
     train = ["train_gpt2_fusion.py", *arguments(row, settings)]
     commands = [train, ["evaluate_gpt2.py", "--run", run.folder]]
     if (run.folder / "eval.json").exists():
-        wanted = load_config(preset=None if row.startswith("small-") else "tiny",
-                             overrides=settings.split()).max_steps
+        wanted = load_config(preset=preset_of(row), overrides=settings.split()).max_steps
         if not again and sum(stage["steps"] for stage in evaluation(run)["stages"]) != wanted:
             raise UserError(f"{run.folder} is of another length: move it, or train it --again")
         print(f"{row} is finished; " + ("training it anew" if again else "--again trains it anew"))
@@ -279,7 +283,7 @@ def figures(run):
 
 def results_of(row):
     """The file that holds a row's figures."""
-    return RESULTS / f"study-{'gpt2-small' if row.startswith('small-') else 'tiny'}.json"
+    return RESULTS / f"study-{preset_of(row) or 'gpt2-small'}.json"
 
 
 def measured(*paths):
